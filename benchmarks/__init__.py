@@ -1,0 +1,1 @@
+"""Paired measurements of qcowfs against its peers; see __main__.py."""
