@@ -21,6 +21,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from qcowfs.cli.common import all_mounts
+
 # Folders that a test makes outside of pytest's own begin so (see interop/tools.py).
 PUBLIC_PREFIX = f"qcowfs-test-{os.getpid()}-"
 _RUN_FOLDER = tempfile.mkdtemp(prefix="qcowfs-tests-")
@@ -70,9 +72,7 @@ def pytest_unconfigure() -> None:
 
 
 def _mounts(roots: tuple[str, ...]) -> list[str]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        points = [line.split(" ", 5)[4] for line in table]
-    return [point for point in points if point.startswith(roots)]
+    return [mount.mountpoint for mount in all_mounts() if mount.mountpoint.startswith(roots)]
 
 
 def _loop_devices(roots: tuple[str, ...]) -> list[str]:

@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
+_KEY_LENGTH_MAX = 65536
+
 _SIZE_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
@@ -124,6 +126,27 @@ def parse_switch(text: str, name: str) -> bool:
     raise BadRequest(f'{name}: "{text}" is neither "on" nor "off"')
 
 
+def read_key(path: str) -> bytes:
+    """The passphrase in a file, all its bytes as QEMU's secrets have it; of `-`, what is typed.
+
+    Standard input that is no terminal is read to its end.
+    """
+    with naming("standard input" if path == "-" else path):
+        if path != "-":
+            with open(path, "rb") as file:
+                key = file.read(_KEY_LENGTH_MAX + 1)
+        elif os.isatty(0):
+            import getpass
+
+            key = os.fsencode(getpass.getpass("Passphrase: "))
+        else:
+            with open(0, "rb", closefd=False) as file:
+                key = file.read(_KEY_LENGTH_MAX + 1)
+        if not 0 < len(key) <= _KEY_LENGTH_MAX:
+            raise BadRequest(f"a passphrase has 1 to {_KEY_LENGTH_MAX} bytes")
+        return key
+
+
 def print_error(text: str) -> None:
     """Write one line to standard error, if there is one."""
     data = (text + "\n").encode(errors="backslashreplace")
@@ -184,7 +207,8 @@ def run_async(function: Callable[[], Awaitable[Result]]) -> Result:
 
 def absolute(path: str) -> str:
     """`path` from the root, its symbolic links and `..` untouched."""
-    return os.path.join(os.getcwd(), path)
+    # The working directory is not asked for in vain: it may be gone.
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 def prepare_process() -> None:
@@ -214,26 +238,34 @@ class Mount(NamedTuple):
     source: str
 
 
-def _unescape_mount(text: str) -> str:
-    data = text.encode(errors="surrogateescape")
+def _unescape_mount(data: bytes) -> str:
     pieces = data.split(b"\\")
     # Blanks, newlines and backslashes are three octal digits after a backslash.
     rest = [bytes([int(piece[:3], 8)]) + piece[3:] for piece in pieces[1:]]
     return os.fsdecode(pieces[0] + b"".join(rest))
 
 
+def parse_mounts(table: bytes) -> list[Mount]:
+    """The rows of a mountinfo table; only newlines end one, a name may hold any other byte."""
+    mounts = []
+    for row in table.split(b"\n"):
+        before, _, after = row.partition(b" - ")
+        fields, tail = before.split(b" "), after.split(b" ")
+        # A row that changed while it was read can be cut off.
+        if len(fields) >= 6 and len(tail) >= 2:
+            point, kind, source = map(_unescape_mount, (fields[4], tail[0], tail[1]))
+            mounts.append(Mount(point, fields[2].decode("ascii"), kind, source))
+    return mounts
+
+
 def all_mounts() -> list[Mount]:
     """What is mounted in this process's mount namespace, oldest first."""
-    mounts = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            before, _, after = line.rstrip("\n").partition(" - ")
-            fields = before.split(" ")
-            kind, source, *_ = after.split(" ")
-            mounts.append(
-                Mount(_unescape_mount(fields[4]), fields[2], kind, _unescape_mount(source))
-            )
-    return mounts
+    # Unbuffered: one read of the kernel's table is one consistent state.
+    with open("/proc/self/mountinfo", "rb", buffering=0) as file:
+        table = b""
+        while piece := file.read(1 << 20):
+            table += piece
+    return parse_mounts(table)
 
 
 def find_mounts(mountpoint: str) -> list[Mount]:

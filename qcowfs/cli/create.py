@@ -1,9 +1,9 @@
-"""`qcowfs create`: makes a qcow2 image, with qemu-img's option names or long options.
+"""`qcowfs create`: makes an image, with qemu-img's option names or long options.
 
 Paths and options only: what an image may be is decided, and refused, in
-`qcowfs.driver.qcow2.create`. A backing file is opened to learn its size and
-format; its name goes into the image as it was given, and is resolved from the
-folder of the image, as every reader will do.
+`create_qcow2`, `create_qcow1` and `create_cow` of the driver. A backing file is
+opened to learn its size and format; its name goes into the image as it was
+given, and is resolved from the folder of the image, as every reader will do.
 """
 
 import os
@@ -22,17 +22,23 @@ from qcowfs.cli.common import (
 )
 from qcowfs.errors import BadRequest
 
+_FORMATS = ("qcow2", "qcow", "cow")
+# What the formats besides qcow2 have of the options, by the keywords of their functions.
+_OPTIONS_OF = {
+    "qcow": {"size", "backing_file", "backing_format", "cluster_size", "encryption"},
+    "cow": {"size", "backing_file", "backing_format"},
+}
 _VERSIONS = {"2": 2, "3": 3, "v2": 2, "v3": 3, "0.10": 2, "1.1": 3}
 _PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 _COMPRESSIONS = ("zlib", "zstd")
 
 
 def _parser() -> Parser:
-    parser = Parser("create", "Make a new qcow2 image.")
+    parser = Parser("create", "Make a new image.")
     add = parser.add_argument
     add("image", metavar="IMAGE")
     add("size", metavar="SIZE", nargs="?", help="10G; a backing file's own when left out")
-    add("-f", "--format", metavar="FORMAT", default="qcow2", help="qcow2")
+    add("-f", "--format", metavar="FORMAT", default="qcow2", help="qcow2, qcow, cow (qcow2)")
     add("-b", "--backing-file", metavar="FILE", help="what unwritten parts show")
     add("-F", "--backing-format", metavar="FORMAT", help="its format; raw is never guessed")
     add("-u", "--unsafe", action="store_true", help="do not open the backing file")
@@ -85,7 +91,7 @@ def _read_option(name: str, value: str) -> tuple[str, Any]:
             return name, parse_size(value)
         case "refcount_bits":
             return name, _number(value, name)
-        case "extended_l2" | "lazy_refcounts":
+        case "extended_l2" | "lazy_refcounts" | "encryption":
             return name, parse_switch(value, name)
         case "backing_file":
             return name, value
@@ -140,9 +146,44 @@ async def _inspect_backing(image: Path, settings: dict[str, Any]) -> None:
         await node.aclose()
 
 
-async def _create(image: Path, settings: dict[str, Any], *, unsafe: bool) -> dict[str, Any]:
-    from qcowfs.driver.qcow2.create import create_qcow2
+def _check_options(kind: str, settings: dict[str, Any]) -> None:
+    """Refuse what the format does not have."""
+    if kind == "qcow2":
+        allowed = settings.keys() - {"encryption"}
+    else:
+        allowed = _OPTIONS_OF[kind]
+    for name in settings.keys() - allowed:
+        raise BadRequest(f'the format "{kind}" has no option "{name}"')
 
+
+async def _make(kind: str, image: Path, size: int, settings: dict[str, Any]) -> int:
+    """Make the image; answers its cluster size."""
+    if kind == "qcow2":
+        from qcowfs.driver.qcow2.create import create_qcow2
+
+        await create_qcow2(image, size, **settings)
+        cluster_size: int = settings.get("cluster_size", 1 << 16)
+        return cluster_size
+    # Neither format has a place for the backing file's format.
+    named = {name: value for name, value in settings.items() if name != "backing_format"}
+    if kind == "qcow":
+        from qcowfs.driver.qcow1_create import create_qcow1
+
+        return await create_qcow1(image, size, **named)
+    from qcowfs.driver.uml_cow_create import create_cow
+
+    if "backing_file" in named:
+        path = image.parent / named["backing_file"]
+        with naming(os.fspath(path)):
+            named["mtime"] = int(path.stat().st_mtime)
+    await create_cow(image, size, **named)
+    return 512
+
+
+async def _create(
+    kind: str, image: Path, settings: dict[str, Any], *, unsafe: bool
+) -> dict[str, Any]:
+    _check_options(kind, settings)
     if settings.get("backing_file"):
         if not unsafe:
             await _inspect_backing(image, settings)
@@ -153,28 +194,30 @@ async def _create(image: Path, settings: dict[str, Any], *, unsafe: bool) -> dic
     if "size" not in settings:
         raise BadRequest("a size is needed", hint="qcowfs create FILE 10G")
     size = settings.pop("size")
-    await create_qcow2(image, size, **settings)
-    return {"size": size, **settings}
+    cluster_size = await _make(kind, image, size, settings)
+    return {"size": size, **settings, "cluster_size": cluster_size}
 
 
 def run(arguments: list[str]) -> int:
     """Run `qcowfs create`; answers the exit code."""
     parsed = vars(_parser().parse_args(arguments))
     image = parsed["image"]
-    if parsed["format"] != "qcow2":
+    if parsed["format"] not in _FORMATS:
         raise CommandError(f'cannot create the format "{parsed["format"]}"', file=image)
     with naming(image):
         settings = _read_settings(parsed)
 
         async def main() -> dict[str, Any]:
-            return await _create(Path(image), settings, unsafe=parsed["unsafe"])
+            return await _create(
+                parsed["format"], Path(image), settings, unsafe=parsed["unsafe"]
+            )
 
         made = run_async(main)
     if not parsed["quiet"]:
         from qcowfs.driver.qcow2.description import format_size
 
-        cluster_size = made.get("cluster_size", 1 << 16)
-        text = f"{image}: qcow2, {format_size(made['size'])} ({made['size']} bytes)"
+        cluster_size = made["cluster_size"]
+        text = f"{image}: {parsed['format']}, {format_size(made['size'])} ({made['size']} bytes)"
         text += f", clusters of {format_size(cluster_size)}"
         if made.get("backing_file"):
             text += f", backing file {made['backing_file']} ({made['backing_format']})"

@@ -31,6 +31,7 @@ async def _describe(options: Any) -> dict[str, Any]:
         read_only=True,
         force_share=options.force_share,
         backing=False,
+        describe_only=True,
     )
     try:
         return info_of(node)

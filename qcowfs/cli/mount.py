@@ -30,6 +30,7 @@ from qcowfs.cli.common import (
     naming,
     parse_size,
     print_error,
+    read_key,
     size_argument,
 )
 
@@ -70,6 +71,10 @@ class _Request:
     backing: bool = True
     force_share: bool = False
     lock: bool = True
+    backing_root: str | None = None
+    force: bool = False
+    key_file: str | None = None
+    key: bytes | None = field(default=None, repr=False)
     cache_size: int | None = None
     growable: bool = False
     use_lane: bool = True
@@ -94,6 +99,11 @@ def _parser() -> Parser:
     add("--format", metavar="FORMAT", help="the image's format; raw is never guessed")
     add("--backing-format", metavar="FORMAT", help="the backing file's format")
     add("--no-backing", dest="backing", action="store_false", help="open no backing file")
+    add("--backing-root", metavar="DIR", help="refuse backing files that do not lie below DIR")
+    add("--force", action="store_true",
+        help="write to a COW image though its backing file has changed")  # fmt: skip
+    add("--key-file", metavar="FILE",
+        help="an encrypted image's passphrase, all bytes of the file; - asks for it")  # fmt: skip
     add("-U", "--force-share", action="store_true",
         help="take no locks; with -r, an image that is in use can be read")  # fmt: skip
     add("--no-lock", dest="lock", action="store_false", help="neither take nor honour locks")
@@ -126,6 +136,7 @@ def _apply_own_option(request: _Request, name: str, value: str | None) -> bool:
         "no_backing": ("backing", False),
         "force_share": ("force_share", True),
         "no_lock": ("lock", False),
+        "force": ("force", True),
         "growable": ("growable", True),
         "no_lane": ("use_lane", False),
     }
@@ -137,7 +148,9 @@ def _apply_own_option(request: _Request, name: str, value: str | None) -> bool:
         return True
     if value is None:
         return False
-    if name in {"format", "backing_format", "pid_file", "log_file"}:
+    if name in {
+        "format", "backing_format", "backing_root", "key_file", "pid_file", "log_file",
+    }:  # fmt: skip
         setattr(request, name, value)
     elif name == "cache_size":
         request.cache_size = parse_size(value)
@@ -173,6 +186,9 @@ def _read_request(arguments: list[str]) -> _Request:
         raise CommandError("--poll-us: not negative", file=request.image)
     if request.cache_size is not None and request.cache_size < 1 << 16:
         raise CommandError("--cache-size: at least 64 KiB", file=request.image)
+    if request.key_file is not None:
+        # Before the process leaves its terminal and its standard input.
+        request.key = read_key(request.key_file)
     if request.ready_fd is not None:
         with naming(f"--ready-fd {request.ready_fd}"):
             # Helpers that the mount starts must not keep the reader waiting.
@@ -263,6 +279,9 @@ def _mount_options(request: _Request) -> "MountOptions":
         read_only=request.read_only,
         format=request.format,
         backing_format=request.backing_format,
+        backing_root=None if request.backing_root is None else Path(absolute(request.backing_root)),
+        force=request.force,
+        key=request.key,
         backing=request.backing,
         force_share=request.force_share,
         lock=request.lock,

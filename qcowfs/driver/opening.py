@@ -89,6 +89,7 @@ class _Manner:
     backing_root: str | None
     force: bool
     key: bytes | None
+    describe_only: bool
     cache_size: int
 
 
@@ -115,6 +116,7 @@ async def open_image(
     backing_root: str | os.PathLike[str] | None = None,
     force: bool = False,
     key: bytes | None = None,
+    describe_only: bool = False,
     cache_size: int = DEFAULT_CACHE_SIZE,
 ) -> Node:
     """The image at `path` with its backing chain, locked; closing the node closes all of it.
@@ -125,7 +127,8 @@ async def open_image(
     ranges are zeros. With `backing_root`, every backing file has to lie below
     that folder, symbolic links resolved. `force` opens a COW image for writing
     though its backing file was changed after it was made. `key` is the
-    passphrase of the layers that are encrypted. `cache_size`, in bytes, is
+    passphrase of the layers that are encrypted; with `describe_only` none is
+    asked for, and the node is good for `info` alone. `cache_size`, in bytes, is
     shared by the layers.
 
     Raises OSError, ImageBusy, BadRequest (format not known or not as said, no
@@ -135,7 +138,7 @@ async def open_image(
     root = None
     if backing_root is not None:
         root = os.path.realpath(backing_root, strict=True)
-    manner = _Manner(read_only, force_share, lock, root, force, key, cache_size)
+    manner = _Manner(read_only, force_share, lock, root, force, key, describe_only, cache_size)
     layers: list[_Layer] = []
     try:
         reference: Reference | None = Reference(os.fspath(path), format)
@@ -372,6 +375,7 @@ async def _make_node(
             path=path,
             backing=backing,
             key=manner.key,
+            describe_only=manner.describe_only,
             cache_size=cache_size,
         )
     if isinstance(header, CowHeader):

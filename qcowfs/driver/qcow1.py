@@ -195,16 +195,18 @@ async def open_qcow1(
     path: str,
     backing: Node | None,
     key: bytes | None = None,
+    describe_only: bool = False,
     cache_size: int = DEFAULT_CACHE_SIZE,
 ) -> Qcow1Node:
     """The node of the image in `storage`; it owns `storage` and `backing` on success.
 
     It is writable when `storage` is. `key` is the passphrase of an encrypted
     image. Nothing in this format tells a right passphrase from a wrong one:
-    with a wrong one the disk reads as noise. `cache_size` in bytes bounds the
-    tables in memory. Raises KeyRequired, CorruptImage, OSError.
+    with a wrong one the disk reads as noise. With `describe_only` no key is
+    needed, and the node is good for `info` alone. `cache_size` in bytes bounds
+    the tables in memory. Raises KeyRequired, CorruptImage, OSError.
     """
-    cipher = _cipher(header, key)
+    cipher = None if describe_only else _cipher(header, key)
     l1 = await load_l1(storage, header)
     if not storage.read_only:
         await require_sound_tables(storage, header, l1)

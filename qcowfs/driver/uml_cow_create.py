@@ -28,19 +28,20 @@ async def create_cow(
     mtime: int = 0,
     layout: str | None = None,
 ) -> None:
-    """Make an image of `size` bytes, rounded up to 512, at `path`: sparse, as long as the disk.
+    """Make an image of `size` bytes at `path`: sparse, as long as the disk.
 
-    `backing_file` is the name to store, `mtime` that file's time in seconds (0:
+    The size is kept as it is, for User-mode-Linux compares it with the backing
+    file's; the disk ends with its last whole sector. `backing_file` is the name to store, `mtime` that file's time in seconds (0:
     never compared), `layout` a name of LAYOUTS. Raises BadRequest, ImageBusy,
     OSError.
     """
-    if not 0 < size <= _MAX_SIZE:
-        raise BadRequest(f"size {size}: must be from 1 to {_MAX_SIZE}")
+    if not SECTOR <= size <= _MAX_SIZE:
+        raise BadRequest(f"size {size}: must be from {SECTOR} to {_MAX_SIZE}")
     name = os.fsencode(backing_file) if backing_file else None
     if layout is None:
         layout = "qemu-2-64" if name is None else "uml-3"
-    header = CowHeader(
-        LAYOUT_BY_NAME[layout], name, mtime & 0xFFFFFFFF, -(-size // SECTOR) * SECTOR
-    )
+    if name is None:
+        size = -(-size // SECTOR) * SECTOR
+    header = CowHeader(LAYOUT_BY_NAME[layout], name, mtime & 0xFFFFFFFF, size)
     length = header.data_offset + header.virtual_size
     await write_new_file(path, [(0, serialize_cow_header(header))], length, backing_file=name)

@@ -70,6 +70,9 @@ class MountOptions:
     backing: bool = True
     force_share: bool = False
     lock: bool = True
+    backing_root: Path | None = None
+    force: bool = False
+    key: bytes | None = field(default=None, repr=False)
     cache_size: int | None = None
     fuse_options: Mapping[str, str | None] = field(default_factory=dict)
     growable: bool = False
@@ -138,6 +141,9 @@ async def _open(options: MountOptions) -> Node:
         lock=options.lock,
         backing=options.backing,
         backing_format=options.backing_format,
+        backing_root=options.backing_root,
+        force=options.force,
+        key=options.key,
         **arguments,
     )
 

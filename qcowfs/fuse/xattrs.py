@@ -142,7 +142,7 @@ class Attributes:
         """The value of an attribute; OSError with ENODATA where there is none."""
         if _is_disk(entry):
             if name == _INFO:
-                return _compact(info_of(self._node))
+                return _info_value(info_of(self._node))
             if name == _STATS:
                 value = _compact(statistics_of(self._node))
                 return value.ljust(-(-len(value) // _PADDING) * _PADDING)
@@ -208,14 +208,24 @@ def _compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _array(elements: Iterable[dict[str, Any]]) -> bytes:
-    """A JSON array of as many elements as an attribute's value can hold."""
+def _info_value(info: dict[str, Any]) -> bytes:
+    """`info` as an attribute's value: where it is too long, with as many snapshots as fit."""
+    value = _compact(info)
+    snapshots = info.get("snapshots")
+    if len(value) <= _VALUE_MAX or not isinstance(snapshots, list):
+        return value
+    room = _VALUE_MAX - len(_compact({**info, "snapshots": []})) + len("[]")
+    return _compact({**info, "snapshots": json.loads(_array(snapshots, max(room, 0)))})
+
+
+def _array(elements: Iterable[dict[str, Any]], longest: int = _VALUE_MAX) -> bytes:
+    """A JSON array of as many elements as `longest` bytes can hold."""
     texts: list[bytes] = []
     length = 2
     for element in elements:
         text = _compact(element)
         length += len(text) + 1
-        if length > _VALUE_MAX:
+        if length > longest:
             break
         texts.append(text)
     return b"[" + b",".join(texts) + b"]"

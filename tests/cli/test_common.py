@@ -83,6 +83,19 @@ def test_an_unexpected_error_is_one_line_too() -> None:
     )
 
 
-def test_mount_table_names_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blanks in mount points are octal in the kernel's table."""
-    assert common._unescape_mount("/a\\040b\\134c\\012") == "/a b\\c\n"
+def test_mount_table() -> None:
+    """Blanks in names are octal, other bytes stay, and a row that is cut off is none."""
+    table = (
+        b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        b"42 22 0:39 / /a\\040b\\134c rw,nosuid - fuse.qcowfs /x\r\xff\\012y rw,user_id=0\n"
+        b"43 22 0:40 / /cut"
+    )
+    assert common.parse_mounts(table) == [
+        common.Mount("/", "8:1", "ext4", "/dev/sda1"),
+        common.Mount("/a b\\c", "0:39", "fuse.qcowfs", "/x\r\udcff\ny"),
+    ]
+
+
+def test_the_machine_s_own_mounts() -> None:
+    """The table of the running system has a root and a /proc."""
+    assert {"/", "/proc"} <= {mount.mountpoint for mount in common.all_mounts()}

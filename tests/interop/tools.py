@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from qcowfs.cli.common import find_mounts
+
 ROOT = Path(__file__).resolve().parents[2]
 QCOWFS = (sys.executable, "-m", "qcowfs")
 PATIENCE_SECONDS = 60
@@ -81,9 +83,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 
 def is_mounted(folder: str | os.PathLike[str]) -> bool:
     """Whether something is mounted exactly there, alive or dead."""
-    point = os.path.realpath(folder)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        return any(line.split(" ", 5)[4] == point for line in table)
+    return bool(find_mounts(os.fspath(folder)))
 
 
 def is_alive(pid: int) -> bool:

@@ -42,7 +42,7 @@ _UNALLOCATED = ExtentKind.UNALLOCATED
 ZEROS = memoryview(bytes(2 << 20))
 
 # A part of a request, still to be filled: (guest_offset, buffer).
-_Part = tuple[int, memoryview]
+Part = tuple[int, memoryview]
 
 
 def fill_zeros(buffer: memoryview) -> None:
@@ -150,11 +150,11 @@ class Reader:
                 return reader._try_parts([(guest_offset, buffer)])
             reader = backing_reader
 
-    def _try_parts(self, parts: list[_Part]) -> bool:
+    def _try_parts(self, parts: list[Part]) -> bool:
         """Fill all parts, layer by layer."""
         reader = self
         while True:
-            holes: list[_Part] = []
+            holes: list[Part] = []
             for guest_offset, buffer in parts:
                 extents = reader.try_extents(guest_offset, len(buffer))
                 if extents is None:
@@ -171,7 +171,7 @@ class Reader:
             parts = holes
 
     def _try_serve(
-        self, extents: list[Extent], guest_offset: int, buffer: memoryview, holes: list[_Part]
+        self, extents: list[Extent], guest_offset: int, buffer: memoryview, holes: list[Part]
     ) -> bool:
         """Fill what this layer has; what the next one has is added to `holes`."""
         alone = len(extents) == 1
@@ -193,7 +193,7 @@ class Reader:
                     return False
         return True
 
-    def _add_hole(self, guest_offset: int, part: memoryview, holes: list[_Part]) -> None:
+    def _add_hole(self, guest_offset: int, part: memoryview, holes: list[Part]) -> None:
         """Leave a part to the backing node; what lies past its end is zeros."""
         inside = self._backing_size - guest_offset
         if inside < len(part):
@@ -246,7 +246,7 @@ class Reader:
         reader = self
         parts = [(guest_offset, buffer)]
         while parts:
-            holes: list[_Part] = []
+            holes: list[Part] = []
             await reader._read_parts(parts, holes)
             parts = holes
             if holes and reader._backing_reader is None:
@@ -258,7 +258,7 @@ class Reader:
             if reader._backing_reader is not None:
                 reader = reader._backing_reader
 
-    async def _read_parts(self, parts: list[_Part], holes: list[_Part]) -> None:
+    async def _read_parts(self, parts: list[Part], holes: list[Part]) -> None:
         """Fill what this layer has of all parts; what the next one has goes into `holes`."""
         requests = self._metadata.requests
         token = requests.begin()
@@ -280,7 +280,7 @@ class Reader:
         extents: list[Extent],
         guest_offset: int,
         buffer: memoryview,
-        holes: list[_Part],
+        holes: list[Part],
         jobs: list[Callable[[], Awaitable[None]]],
         pieces: list[Piece],
     ) -> None:

@@ -14,6 +14,7 @@ alone. Invariants:
 """
 
 from array import array
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED
 from qcowfs.driver.layout.mapping import in_place_extent
@@ -90,6 +91,13 @@ class Writer:
                 f"guest range {guest_offset:#x}, {length} bytes, is not inside "
                 f"the disk of {self._view.virtual_size} bytes"
             )
+
+    def hold(self, start: int, end: int) -> AbstractAsyncContextManager[None]:
+        """Keep writes that must read before they store out of a guest range, for the block.
+
+        Those of encrypted disks alone; taken before the lock.
+        """
+        return nullcontext()
 
     async def prepare(self) -> None:
         """What must precede any change; raises ReadOnlyImage, OSError, CorruptImage."""

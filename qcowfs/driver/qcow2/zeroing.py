@@ -212,7 +212,7 @@ class Zeroer:
         metadata = self._metadata
         first = start & -self._geometry.cluster_size
         length = self._geometry.round_up(stop) - first
-        async with metadata.lock:
+        async with self._writer.hold(start, stop), metadata.lock:
             if self._requests.overlapping(first, length) is not None:
                 return start
             piece = await metadata.writable_slice(start)
