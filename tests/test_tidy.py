@@ -14,6 +14,7 @@ PACKAGE = ROOT / "qcowfs"
 ORDER = """
 driver.qcow2.parallel
 errors
+driver.secrets
 driver.extent
 driver.layout.geometry
 driver.layout.extensions
@@ -36,6 +37,8 @@ driver.node
 driver.mapping_chain
 driver.qcow2.counters
 driver.qcow2.requests
+driver.qcow2.ciphering
+driver.qcow2.unlocking
 driver.qcow2.guard
 driver.qcow2.switching
 driver.qcow2.l1
@@ -55,6 +58,7 @@ driver.qcow2.linking
 driver.qcow2.inflating
 driver.qcow2.reading
 driver.qcow2.writing
+driver.qcow2.encrypted
 driver.qcow2.zeroing
 driver.qcow2.snapshots
 driver.qcow2.truncation

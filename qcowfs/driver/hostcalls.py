@@ -71,14 +71,15 @@ def open_or_create(name: str) -> tuple[int, bool]:
 def lives_in_memory(fd: int) -> bool:
     """Whether the file is on a filesystem without a device, where no read has to wait."""
     device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+    wanted = b"%d:%d" % (os.major(device), os.minor(device))
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        # Bytes, since a name in it may hold what text mode takes for the end of a line.
+        with open("/proc/self/mountinfo", "rb") as mounts:
             for line in mounts:
-                fields = line.split()
+                fields = line.split(b" ")
                 if fields[2] == wanted:
-                    return fields[fields.index("-") + 1] in {"tmpfs", "ramfs"}
-    except OSError:
+                    return fields[fields.index(b"-") + 1] in {b"tmpfs", b"ramfs"}
+    except (OSError, IndexError, ValueError):
         pass
     return False
 

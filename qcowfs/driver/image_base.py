@@ -141,7 +141,9 @@ class ImageBase:
                     if self.backing is not None:
                         await self.backing.aclose()
 
-    def _facts(self, cluster_size: int, backing_file: bytes | None) -> dict[str, Any]:
+    def _facts(
+        self, cluster_size: int, backing_file: bytes | None, *, encrypted: bool = False
+    ) -> dict[str, Any]:
         """What qemu-img info tells of any image, under its keys."""
         facts: dict[str, Any] = {
             "virtual-size": self.virtual_size,
@@ -149,8 +151,20 @@ class ImageBase:
             "cluster-size": cluster_size,
             "format": self.format_name,
             "actual-size": self._storage.allocated_bytes(),
-            "dirty-flag": False,
         }
+        if encrypted:
+            facts["encrypted"] = True
         if backing_file is not None:
-            facts["backing-filename"] = backing_file.decode("utf-8", "backslashreplace")
+            name = backing_file.decode("utf-8", "backslashreplace")
+            facts["full-backing-filename"] = self._full_name(name)
+            facts["backing-filename"] = name
+        facts["dirty-flag"] = False
         return facts
+
+    def _full_name(self, name: str) -> str:
+        """A backing file's name from the folder of the image as that was named."""
+        scheme, colon, _ = name.partition(":")
+        folder, slash, _ = self.name.rpartition("/")
+        if name.startswith("/") or (colon and "/" not in scheme):
+            return name
+        return f"{folder}{slash}{name}"

@@ -65,7 +65,10 @@ class Node(Protocol):
         ...
 
     def try_write(self, guest_offset: int, data: Buffer) -> bool:
-        """Write all of `data` without waiting and answer True, or change nothing and answer False."""
+        """Write all of `data` without waiting and answer True, or answer False.
+
+        After False a part of it may be written: `write_from` of the same bytes follows.
+        """
         ...
 
     async def write_from(self, guest_offset: int, data: Buffer) -> None:

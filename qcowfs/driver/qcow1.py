@@ -170,10 +170,9 @@ class Qcow1Node(ImageBase):
     def info(self) -> dict[str, Any]:
         """The facts that qemu-img info prints, under its keys."""
         header = self._tables.header
-        facts = self._facts(self.cluster_size, header.backing_file)
-        if header.crypt_method == CRYPT_AES:
-            facts["encrypted"] = True
-        return facts
+        return self._facts(
+            self.cluster_size, header.backing_file, encrypted=header.crypt_method == CRYPT_AES
+        )
 
     def statistics(self) -> dict[str, int]:
         """Counts since the image was opened, and sizes of caches, by name."""

@@ -31,9 +31,9 @@ async def create_cow(
     """Make an image of `size` bytes at `path`: sparse, as long as the disk.
 
     The size is kept as it is, for User-mode-Linux compares it with the backing
-    file's; the disk ends with its last whole sector. `backing_file` is the name to store, `mtime` that file's time in seconds (0:
-    never compared), `layout` a name of LAYOUTS. Raises BadRequest, ImageBusy,
-    OSError.
+    file's; the disk ends with its last whole sector. `backing_file` is the name
+    to store, `mtime` that file's time in seconds (0: never compared), `layout`
+    a name of LAYOUTS. Raises BadRequest, ImageBusy, OSError.
     """
     if not SECTOR <= size <= _MAX_SIZE:
         raise BadRequest(f"size {size}: must be from {SECTOR} to {_MAX_SIZE}")

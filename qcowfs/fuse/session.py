@@ -158,6 +158,9 @@ async def _close(node: Node) -> bool:
     except Exception:
         log.exception("closing the image failed, what was written last may be lost")
         return False
+    if getattr(node, "failsafe", None) is not None:
+        log.error("the image had gone read-only, what was written last may be lost")
+        return False
     return True
 
 

@@ -57,7 +57,7 @@ def test_cbc_essiv() -> None:
     salt_key = hashlib.sha256(key).digest()
 
     def mode(number: int) -> CBC:
-        encryptor = Cipher(AES(salt_key), ECB()).encryptor()  # noqa: S305
+        encryptor = Cipher(AES(salt_key), ECB()).encryptor()
         return CBC(encryptor.update(number.to_bytes(16, "little")))
 
     cipher = make_cipher("aes", "cbc-essiv:sha256", key)

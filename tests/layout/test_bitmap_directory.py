@@ -14,9 +14,9 @@ from qcowfs.driver.layout.bitmap_directory import (
     parse_bitmap_directory,
     parse_bitmap_extension,
     parse_bitmap_table,
+    serialised_length,
     serialize_bitmap_directory,
     serialize_bitmap_extension,
-    serialised_length,
     table_entry_count,
 )
 from qcowfs.driver.layout.mapping import store_words

@@ -74,7 +74,7 @@ class LuksHeader:
 
     def with_slot(self, index: int, slot: KeySlot) -> "LuksHeader":
         """The same header with slot `index` exchanged."""
-        slots = self.slots[:index] + (slot,) + self.slots[index + 1 :]
+        slots = (*self.slots[:index], slot, *self.slots[index + 1 :])
         return replace(self, slots=slots)
 
 

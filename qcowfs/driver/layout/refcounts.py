@@ -8,6 +8,7 @@ Invariants: a refcount never wraps; a value that the width cannot hold raises
 ImageFull and changes nothing.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 from qcowfs.driver.layout.geometry import MAX_HOST_OFFSET, Geometry
@@ -52,6 +53,9 @@ def _free_field_bytes(order: int) -> bytes:
 
 
 _HAS_FREE_FIELD = tuple(_free_field_bytes(order) for order in range(3))
+_ZERO_RUN = re.compile(rb"\0+")
+_IS_ONE = bytes([0, 1]) + bytes(254)
+_IS_ZERO = bytes([1]) + bytes(255)
 
 
 class RefcountBlock:
@@ -146,6 +150,87 @@ class RefcountBlock:
             else:
                 length += 1
         return min(length, limit)
+
+    # Runs as wholes: long numbers of as many digits as there are refcounts, so
+    # that thousands of them cost some microseconds, and no numpy.
+
+    def values(self, first: int, count: int) -> list[int]:
+        """`count` refcounts from `first` on."""
+        return [self.get(index) for index in range(first, first + count)]
+
+    def shift_run(self, first: int, count: int, step: int) -> None:
+        """Add `step`, 1 or -1, to `count` refcounts from `first` on, none of which may wrap."""
+        width = self._width
+        if not width:
+            for index, value in enumerate(self.values(first, count), first):
+                self.set(index, value + step)
+            return
+        part = slice(first * width, (first + count) * width)
+        ones = int.from_bytes((1).to_bytes(width, "big") * count, "big")
+        number = int.from_bytes(self.buffer[part], "big") + step * ones
+        self.buffer[part] = number.to_bytes(width * count, "big")
+
+    def find_zero(self, first: int, count: int) -> int:
+        """The first of `count` indexes from `first` on whose refcount is 0, or -1."""
+        if not self._width:
+            index = self._find_free_narrow(first)
+            return index if index < first + count else -1
+        found = self._digits(first, count).find(0)
+        return first + found if found >= 0 else -1
+
+    def find_maximum(self, first: int, count: int) -> int:
+        """The first of `count` indexes from `first` on whose refcount cannot rise, or -1."""
+        if not self._width:
+            values = self.values(first, count)
+            return first + values.index(self.maximum) if self.maximum in values else -1
+        found = self._digits(first, count, inverted=True).find(0)
+        return first + found if found >= 0 else -1
+
+    def zero_runs(self, first: int, count: int) -> list[tuple[int, int]]:
+        """The runs (first index, count) of refcounts of 0 among `count` from `first` on."""
+        if self._width:
+            digits = self._digits(first, count)
+        else:
+            digits = bytes(self.values(first, count))
+        return [
+            (first + found.start(), found.end() - found.start())
+            for found in _ZERO_RUN.finditer(digits)
+        ]
+
+    def ones(self, first: int, count: int) -> bytes:
+        """A byte for each of `count` refcounts from `first` on: 1 where it is 1, else 0."""
+        width = self._width
+        if not width:
+            return bytes(self.values(first, count)).translate(_IS_ONE)
+        part = self.buffer[first * width : (first + count) * width]
+        low = part[width - 1 :: width].translate(_IS_ONE)
+        if width == 1:
+            return bytes(low)
+        high = self._digits(first, count, digit_count=width - 1).translate(_IS_ZERO)
+        both = int.from_bytes(low, "big") & int.from_bytes(high, "big")
+        return both.to_bytes(count, "big")
+
+    def _digits(
+        self,
+        first: int,
+        count: int,
+        *,
+        inverted: bool = False,
+        digit_count: int | None = None,
+    ) -> bytes:
+        """A byte for each refcount of whole bytes: 0 where all its (first) bytes are 0.
+
+        With `inverted`, 0 where all are 255.
+        """
+        width = self._width
+        part = self.buffer[first * width : (first + count) * width]
+        if inverted:
+            number = int.from_bytes(part, "big") ^ ((1 << 8 * len(part)) - 1)
+            part = bytearray(number.to_bytes(len(part), "big"))
+        joined = 0
+        for digit in range(digit_count or width):
+            joined |= int.from_bytes(part[digit::width], "big")
+        return joined.to_bytes(count, "big")
 
     def free_count(self) -> int:
         """How many refcounts of the block are 0."""

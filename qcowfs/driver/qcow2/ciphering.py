@@ -60,9 +60,7 @@ class Ciphering:
         """The guest bytes for what is stored at `host_offset`."""
         return self._cipher.decrypt(data, self._sector(guest_offset, host_offset))
 
-    async def encrypt_long(
-        self, data: Buffer, guest_offset: int, host_offset: int
-    ) -> bytearray:
+    async def encrypt_long(self, data: Buffer, guest_offset: int, host_offset: int) -> bytearray:
         """As `encrypt`, in threads when there is much of it."""
         sector = self._sector(guest_offset, host_offset)
         if len(data) <= INLINE_LENGTH:
@@ -71,9 +69,7 @@ class Ciphering:
         await _in_threads(self._cipher.encrypt, memoryview(data), sector, memoryview(target))
         return target
 
-    async def decrypt_long(
-        self, buffer: memoryview, guest_offset: int, host_offset: int
-    ) -> None:
+    async def decrypt_long(self, buffer: memoryview, guest_offset: int, host_offset: int) -> None:
         """Decrypt `buffer` in place, in threads when there is much of it."""
         sector = self._sector(guest_offset, host_offset)
         if len(buffer) <= INLINE_LENGTH:

@@ -23,7 +23,6 @@ import trio
 from qcowfs.driver.extent import Extent
 from qcowfs.driver.layout.extensions import printable
 from qcowfs.driver.layout.header import (
-    CRYPT_NONE,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     Header,
@@ -33,13 +32,16 @@ from qcowfs.driver.layout.header import (
 from qcowfs.driver.layout.snapshot_table import Snapshot
 from qcowfs.driver.node import Buffer, Node
 from qcowfs.driver.qcow2 import resize
+from qcowfs.driver.qcow2.ciphering import Ciphering
 from qcowfs.driver.qcow2.description import describe
+from qcowfs.driver.qcow2.encrypted import EncryptedReader, EncryptedWriter
 from qcowfs.driver.qcow2.inflating import Inflater
 from qcowfs.driver.qcow2.l1 import L1View
 from qcowfs.driver.qcow2.metadata import DEFAULT_CACHE_SIZE, Metadata
 from qcowfs.driver.qcow2.reading import Reader
 from qcowfs.driver.qcow2.snapshots import Snapshots
 from qcowfs.driver.qcow2.truncation import require_whole_file
+from qcowfs.driver.qcow2.unlocking import open_cipher
 from qcowfs.driver.qcow2.writing import Writer
 from qcowfs.driver.qcow2.zeroing import Zeroer
 from qcowfs.driver.storage import Storage
@@ -149,8 +151,10 @@ class Qcow2Node:
         metadata: Metadata,
         path: str,
         backing: Node | None,
+        ciphering: Ciphering | None = None,
     ) -> None:
         header = metadata.header
+        self._ciphering = ciphering
         self.name = path
         self.cluster_size = header.cluster_size
         self.backing = backing
@@ -162,7 +166,11 @@ class Qcow2Node:
             cluster_size=header.cluster_size,
         )
         self.reader = self._reader_of(metadata.active)
-        self._writer = Writer(metadata, self.reader)
+        self._writer = (
+            Writer(metadata, self.reader)
+            if ciphering is None
+            else EncryptedWriter(metadata, self.reader, ciphering)
+        )
         self._zeroer = Zeroer(metadata, self.reader, self._writer, backing)
         self._snapshots = Snapshots(metadata, self._vanishing)
         # Nodes that are in use, by `_key`.
@@ -174,6 +182,10 @@ class Qcow2Node:
     def _reader_of(self, view: L1View) -> Reader:
         backing = self.backing
         backing_reader = backing.reader if isinstance(backing, Qcow2Node | SnapshotNode) else None
+        if self._ciphering is not None:
+            return EncryptedReader(
+                self.metadata, view, self._inflater, backing, backing_reader, self._ciphering
+            )
         return Reader(self.metadata, view, self._inflater, backing, backing_reader)
 
     @property
@@ -407,13 +419,15 @@ async def open_qcow2(
     read_only: bool,
     backing: Node | None,
     cache_size: int = DEFAULT_CACHE_SIZE,
+    secret: bytes | None = None,
 ) -> Qcow2Node:
     """The node of the qcow2 image in `storage`; it owns `storage` and `backing` on success.
 
-    `cache_size` in bytes bounds the image's tables in memory. Raises BadRequest
-    (not a qcow2 image), UnsupportedFeature (encryption, an external data file,
-    an unknown feature), CorruptImage (a broken header; and when the image is to
-    be written: marked corrupt or dirty, or cut off), OSError.
+    `cache_size` in bytes bounds the image's tables in memory, `secret` is the
+    passphrase of an encrypted image. Raises BadRequest (not a qcow2 image),
+    UnsupportedFeature (an external data file, an unknown feature), KeyRequired,
+    CorruptImage (a broken header; and when the image is to be written: marked
+    corrupt or dirty, or cut off), OSError.
     """
     size = storage.size()
     head = await storage.pread(min(size, _HEAD_LENGTH), 0)
@@ -422,10 +436,11 @@ async def open_qcow2(
         head = await storage.pread(min(size, cluster_size), 0)
     header = parse_header(head, size)
     _check_usable(header, writable=not read_only)
+    ciphering = await open_cipher(storage, header, secret)
     metadata = await Metadata.open(storage, header, read_only=read_only, cache_size=cache_size)
     if not read_only:
         await require_whole_file(metadata)
-    node = Qcow2Node(metadata, path, backing)
+    node = Qcow2Node(metadata, path, backing, ciphering)
     try:
         await node.load_snapshots()
     except CorruptImage as error:
@@ -438,12 +453,6 @@ async def open_qcow2(
 
 def _check_usable(header: Header, *, writable: bool) -> None:
     """Refuse what cannot be served, or not for writing."""
-    if header.crypt_method != CRYPT_NONE:
-        raise UnsupportedFeature(
-            "the image is encrypted",
-            structure="header",
-            hint="qemu-img convert makes a copy that is not",
-        )
     if header.has_data_file:
         raise UnsupportedFeature(
             "the image keeps its data in an external data file",

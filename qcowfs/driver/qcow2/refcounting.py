@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WORDS_PER_SECTOR = SECTOR // 8
-# Shorter runs cost less in a Python loop, and never load numpy into a small process.
-_VECTOR_COUNT = 1024
 
 
 class CachedBlock:
@@ -202,23 +200,16 @@ class RefcountCache:
         Raises ImageFull over the width's maximum, CorruptImage for a count of
         0, which nothing in use has; with nothing changed.
         """
-        order = self._geometry.refcount_order
-        if order >= 3:
-            width = 1 << order >> 3
-            part = slice(place * width, (place + count) * width)
-            found = block.data[part]
-            value = int.from_bytes(found[:width], "big")
-            if 0 < value < self._geometry.refcount_max and found == found[:width] * count:
-                block.data[part] = (value + 1).to_bytes(width, "big") * count
-                self._mark_counts(block, place, count)
-                return
-        values = [block.counts.get(each) for each in range(place, place + count)]
-        if 0 in values:
-            raise self._unused(block, place + values.index(0))
-        if self._geometry.refcount_max in values:
-            raise self._over(block, place + values.index(self._geometry.refcount_max))
-        for each, value in enumerate(values, place):
-            block.counts.set(each, value + 1)
+        counts = block.counts
+        value = counts.get(place)
+        if not 0 < value < counts.maximum or not self._shift_alike(block, place, count, value, 1):
+            unused = counts.find_zero(place, count)
+            if unused >= 0:
+                raise self._unused(block, unused)
+            full = counts.find_maximum(place, count)
+            if full >= 0:
+                raise self._over(block, full)
+            counts.shift_run(place, count, 1)
         self._mark_counts(block, place, count)
 
     def lower_run(self, block: CachedBlock, place: int, count: int) -> list[tuple[int, int]]:
@@ -227,44 +218,29 @@ class RefcountCache:
         Raises CorruptImage, through `report`, for a count that is 0 already,
         with nothing changed.
         """
-        order = self._geometry.refcount_order
-        if order >= 3:
-            width = 1 << order >> 3
-            part = slice(place * width, (place + count) * width)
-            if block.data[part] == (1).to_bytes(width, "big") * count:
-                block.data[part] = bytes(width * count)
-                self._mark_counts(block, place, count)
-                return [(place, count)]
-        if count >= _VECTOR_COUNT:
-            return self._lower_long_run(block, place, count)
-        values = [block.counts.get(each) for each in range(place, place + count)]
-        if 0 in values:
-            self._report_below(block, place + values.index(0))
-        freed: list[tuple[int, int]] = []
-        for each, value in enumerate(values, place):
-            block.counts.set(each, value - 1)
-            if value == 1:
-                if freed and sum(freed[-1]) == each:
-                    freed[-1] = (freed[-1][0], freed[-1][1] + 1)
-                else:
-                    freed.append((each, 1))
+        counts = block.counts
+        value = counts.get(place)
+        if value and self._shift_alike(block, place, count, value, -1):
+            freed = [(place, count)] if value == 1 else []
+        else:
+            unused = counts.find_zero(place, count)
+            if unused >= 0:
+                self._report_below(block, unused)
+            counts.shift_run(place, count, -1)
+            freed = counts.zero_runs(place, count)
         self._mark_counts(block, place, count)
         return freed
 
-    def _lower_long_run(self, block: CachedBlock, place: int, count: int) -> list[tuple[int, int]]:
-        """`lower_run` by whole arrays, for the many clusters that a snapshot shares."""
-        import numpy as np
-
-        values = unpack_all(block.data, self._geometry.refcount_order)
-        part = values[place : place + count]
-        if not part.all():
-            self._report_below(block, place + int(np.argmin(part)))
-        part -= np.uint64(1)
-        block.data[:] = pack_all(values, self._geometry.refcount_order)
-        self._mark_counts(block, place, count)
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], part == 0, [False]))))
-        pairs = zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True)
-        return [(place + first, end - first) for first, end in pairs]
+    def _shift_alike(
+        self, block: CachedBlock, place: int, count: int, value: int, step: int
+    ) -> bool:
+        """Add `step` to a run of counts when all of them are `value`, of whole bytes; or False."""
+        width = self._geometry.refcount_bits >> 3
+        part = slice(place * width, (place + count) * width)
+        if not width or block.data[part] != value.to_bytes(width, "big") * count:
+            return False
+        block.data[part] = (value + step).to_bytes(width, "big") * count
+        return True
 
     def _report_below(self, block: CachedBlock, place: int) -> NoReturn:
         cluster_index = block.index * self._geometry.refcounts_per_block + place
@@ -304,8 +280,9 @@ class RefcountCache:
 
         `cluster_indexes` sorted and unique, `addends` one number for all or an
         array beside them. Raises ImageFull (a count over the width's maximum)
-        and CorruptImage (a cluster without a refcount block) before anything
-        changes. Dirty blocks beyond the budget are written on the way.
+        and CorruptImage (a count of 0, which nothing in use has, or no refcount
+        block) before anything changes. Dirty blocks beyond the budget are
+        written on the way.
         """
         import numpy as np
 
@@ -317,19 +294,65 @@ class RefcountCache:
             if not self.block_offset(index):
                 raise self.without_block(int(cluster_indexes[start]))
             block = await self.block(index)
+            values = unpack_all(block.data, order)[places]
+            if not values.all():
+                raise self._unused(block, int(places[np.argmin(values)]))
             room = limit - np.minimum(amounts[start:end], limit)
-            over = (unpack_all(block.data, order)[places] > room) | (amounts[start:end] > limit)
+            over = (values > room) | (amounts[start:end] > limit)
             if over.any():
                 raise self._over(block, int(places[over][0]))
+            await trio.lowlevel.checkpoint()
         for index, start, end, places in pieces:
             block = await self.block(index)
             values = unpack_all(block.data, order)
             values[places] += amounts[start:end]
-            block.data[:] = pack_all(values, order)
-            self._mark_counts(block, int(places[0]), int(places[-1] - places[0]) + 1)
-            if len(self.dirty_blocks) >= self.dirty_limit:
-                await self.write_blocks()
-                self.mark_blocks_clean()
+            self._replace_counts(block, values, places)
+            await self.relieve()
+            await trio.lowlevel.checkpoint()
+
+    async def lower_many(
+        self, cluster_indexes: "NDArray[np.uint64]", subtrahends: "NDArray[np.uint64]"
+    ) -> list[tuple[int, int, int]]:
+        """Take from the refcounts of many clusters at once; the caller holds the lock.
+
+        `cluster_indexes` sorted and unique, `subtrahends` beside them. Answers
+        the runs (block index, place, count) that became 0. Raises CorruptImage,
+        through `report`, for a count that would fall below 0. Dirty blocks
+        beyond the budget are written on the way.
+        """
+        import numpy as np
+
+        freed: list[tuple[int, int, int]] = []
+        for index, start, end, places in self._by_block(cluster_indexes):
+            if not self.block_offset(index):
+                self._report(self.without_block(int(cluster_indexes[start])))
+            block = await self.block(index)
+            values = unpack_all(block.data, self._geometry.refcount_order)
+            below = values[places] < subtrahends[start:end]
+            if below.any():
+                self._report_below(block, int(places[np.argmax(below)]))
+            values[places] -= subtrahends[start:end]
+            self._replace_counts(block, values, places)
+            zeros = places[values[places] == 0]
+            for run in np.split(zeros, np.flatnonzero(np.diff(zeros) != 1) + 1):
+                if len(run):
+                    freed.append((index, int(run[0]), len(run)))
+            await self.relieve()
+            await trio.lowlevel.checkpoint()
+        return freed
+
+    def _replace_counts(
+        self, block: CachedBlock, values: "NDArray[np.uint64]", places: "NDArray[np.int64]"
+    ) -> None:
+        """Store all counts of a block, of which those at `places` have changed."""
+        block.data[:] = pack_all(values, self._geometry.refcount_order)
+        self._mark_counts(block, int(places[0]), int(places[-1] - places[0]) + 1)
+
+    async def relieve(self) -> None:
+        """Write dirty blocks when they have reached their limit: harmless at any time."""
+        if len(self.dirty_blocks) >= self.dirty_limit:
+            await self.write_blocks()
+            self.mark_blocks_clean()
 
     # Writing
 

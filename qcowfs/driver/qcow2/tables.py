@@ -181,14 +181,14 @@ class TableCache:
         """Write a whole L2 table at once, cached slices of it included; under the lock.
 
         For tables that nothing durable points to yet, and for changes that are
-        harmless in any order (the COPIED flag inside a snapshot call).
+        harmless in any order (the COPIED flag inside a snapshot call). A write
+        that fails leaves the cache as it was, so that it can be tried again.
         """
-        self.patch(table_offset, words)
         await self._writer.write(L2_TABLE, table_offset, [store_words(words)])
-        self._epoch += 1
+        self.patch(table_offset, words)
 
     def patch(self, table_offset: int, words: "array[int]") -> None:
-        """Make cached slices of a table agree with words that are being written."""
+        """Make cached slices of a table agree with words that have been written."""
         self._epoch += 1
         if table_offset not in self._slices_by_table:
             return

@@ -24,7 +24,10 @@ _AES_KEY_LENGTH = 16
 
 
 async def read_luks_header(storage: Storage, header: Header) -> LuksHeader:
-    """The LUKS header of an image that has one. Raises CorruptImage, UnsupportedFeature, OSError."""
+    """The LUKS header of an image that has one.
+
+    Raises CorruptImage, UnsupportedFeature, OSError.
+    """
     place = header.crypto()
     assert place is not None
     offset, length = place.offset, place.length
@@ -60,9 +63,7 @@ async def read_materials(storage: Storage, header: Header, luks: LuksHeader) -> 
     }
 
 
-async def unlock_master_key(
-    luks: LuksHeader, materials: dict[int, bytes], secret: bytes
-) -> bytes:
+async def unlock_master_key(luks: LuksHeader, materials: dict[int, bytes], secret: bytes) -> bytes:
     """The master key, from whichever slot the passphrase opens. Raises KeyRequired."""
     from qcowfs.driver.transform.keys import unlock
 
@@ -75,9 +76,7 @@ async def unlock_master_key(
     return key
 
 
-async def open_cipher(
-    storage: Storage, header: Header, secret: bytes | None
-) -> Ciphering | None:
+async def open_cipher(storage: Storage, header: Header, secret: bytes | None) -> Ciphering | None:
     """The cipher of an image; None for one that is not encrypted.
 
     Raises KeyRequired when `secret` is missing or wrong (the old AES method
@@ -94,9 +93,5 @@ async def open_cipher(
     if header.crypt_method == CRYPT_AES:
         key = secret[:_AES_KEY_LENGTH].ljust(_AES_KEY_LENGTH, b"\0")
         return Ciphering(CbcCipher(key), by_guest_offset=True)
-    master = await unlock_master_key(
-        luks, await read_materials(storage, header, luks), secret
-    )
-    return Ciphering(
-        make_cipher(luks.cipher_name, luks.cipher_mode, master), by_guest_offset=False
-    )
+    master = await unlock_master_key(luks, await read_materials(storage, header, luks), secret)
+    return Ciphering(make_cipher(luks.cipher_name, luks.cipher_mode, master), by_guest_offset=False)

@@ -57,7 +57,7 @@ class _Ecb:
         from cryptography.hazmat.primitives.ciphers.modes import ECB
 
         # ECB is only the building block here: the modes around it are XTS and CBC.
-        cipher = Cipher(AES(key), ECB())  # noqa: S305
+        cipher = Cipher(AES(key), ECB())
         self._make: Callable[[], Any] = cipher.encryptor if encrypting else cipher.decryptor
         self._idle: list[Any] = []
 
