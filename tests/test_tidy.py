@@ -20,6 +20,7 @@ driver.layout.geometry
 driver.layout.extensions
 driver.layout.header
 driver.layout.mapping
+driver.layout.table_references
 driver.layout.refcounts
 driver.layout.snapshot_table
 driver.layout.bitmap_directory
@@ -59,13 +60,17 @@ driver.qcow2.inflating
 driver.qcow2.reading
 driver.qcow2.writing
 driver.qcow2.encrypted
+driver.qcow2.sealed
 driver.qcow2.zeroing
 driver.qcow2.snapshots
 driver.qcow2.truncation
 driver.qcow2.resize
+driver.qcow2.new_luks
+driver.qcow2.new_data_file
 driver.qcow2.create
 driver.qcow2.description
 driver.qcow2.image
+driver.qcow2.key_slots
 driver.raw
 driver.pages
 driver.guest_ranges
@@ -82,6 +87,7 @@ driver.uml_cow_create
 driver.uml_cow
 driver.window
 driver.backing_names
+driver.data_file
 driver.opening
 fuse.tree
 fuse.xattrs
@@ -99,10 +105,12 @@ fuse.device
 fuse.lane
 fuse.session
 cli.common
+cli.keys
 cli.mount
 cli.umount
 cli.create
 cli.info
+cli.amend
 cli.snapshot
 cli.main
 cli.demo

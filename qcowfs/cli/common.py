@@ -24,7 +24,6 @@ Result = TypeVar("Result")
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
-_KEY_LENGTH_MAX = 65536
 
 _SIZE_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
@@ -124,27 +123,6 @@ def parse_switch(text: str, name: str) -> bool:
     if text in {"off", "no", "false", "n"}:
         return False
     raise BadRequest(f'{name}: "{text}" is neither "on" nor "off"')
-
-
-def read_key(path: str) -> bytes:
-    """The passphrase in a file, all its bytes as QEMU's secrets have it; of `-`, what is typed.
-
-    Standard input that is no terminal is read to its end.
-    """
-    with naming("standard input" if path == "-" else path):
-        if path != "-":
-            with open(path, "rb") as file:
-                key = file.read(_KEY_LENGTH_MAX + 1)
-        elif os.isatty(0):
-            import getpass
-
-            key = os.fsencode(getpass.getpass("Passphrase: "))
-        else:
-            with open(0, "rb", closefd=False) as file:
-                key = file.read(_KEY_LENGTH_MAX + 1)
-        if not 0 < len(key) <= _KEY_LENGTH_MAX:
-            raise BadRequest(f"a passphrase has 1 to {_KEY_LENGTH_MAX} bytes")
-        return key
 
 
 def print_error(text: str) -> None:
@@ -298,8 +276,9 @@ def clear_dead_mount(mountpoint: str) -> bool:
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print to standard output, names from an image made harmless."""
+    """Print to standard output, names from an image made harmless, in any locale."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines:
-        print(escape(line))
+        print(escape(line).encode(encoding, "backslashreplace").decode(encoding))
     if sys.stdout is not None:
         sys.stdout.flush()

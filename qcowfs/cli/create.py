@@ -8,7 +8,7 @@ given, and is resolved from the folder of the image, as every reader will do.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcowfs.cli.common import (
     CommandError,
@@ -20,7 +20,11 @@ from qcowfs.cli.common import (
     run_async,
     size_argument,
 )
+from qcowfs.cli.keys import add_encryption_options, is_encryption_option, read_encryption
 from qcowfs.errors import BadRequest
+
+if TYPE_CHECKING:
+    from qcowfs.driver.qcow2.new_luks import Encryption
 
 _FORMATS = ("qcow2", "qcow", "cow")
 # What the formats besides qcow2 have of the options, by the keywords of their functions.
@@ -51,6 +55,10 @@ def _parser() -> Parser:
     add("--preallocation", choices=_PREALLOCATIONS, help="off")
     add("--compression-type", choices=_COMPRESSIONS, help="zlib")
     add("--lazy-refcounts", action="store_true", default=None, help="set the permission bit")
+    add("--data-file", metavar="FILE", help="keep what the guest writes in another file")
+    add("--data-file-raw", action="store_true", default=None,
+        help="which is the disk itself; one that exists is taken over")  # fmt: skip
+    add_encryption_options(parser)
     add("-q", "--quiet", action="store_true", help="print nothing")
     return parser
 
@@ -91,9 +99,9 @@ def _read_option(name: str, value: str) -> tuple[str, Any]:
             return name, parse_size(value)
         case "refcount_bits":
             return name, _number(value, name)
-        case "extended_l2" | "lazy_refcounts" | "encryption":
+        case "extended_l2" | "lazy_refcounts" | "encryption" | "data_file_raw":
             return name, parse_switch(value, name)
-        case "backing_file":
+        case "backing_file" | "data_file":
             return name, value
         case "backing_fmt" | "backing_format":
             return "backing_format", value
@@ -108,6 +116,8 @@ def _read_settings(parsed: dict[str, Any]) -> dict[str, Any]:
     """The keywords of `create_qcow2`, `size` among them when it was given."""
     settings: dict[str, Any] = {}
     for name, value in _split_options(parsed["options"]):
+        if is_encryption_option(name):
+            continue
         keyword, setting = _read_option(name, value)
         settings[keyword] = setting
     if parsed["compat"] is not None:
@@ -123,6 +133,8 @@ def _read_settings(parsed: dict[str, Any]) -> dict[str, Any]:
         "preallocation",
         "compression_type",
         "lazy_refcounts",
+        "data_file",
+        "data_file_raw",
     ):
         if parsed[name] is not None:
             settings[name] = parsed[name]
@@ -137,7 +149,11 @@ async def _inspect_backing(image: Path, settings: dict[str, Any]) -> None:
     path = image.parent / name
     with naming(os.fspath(path)):
         node = await open_image(
-            path, format=settings.get("backing_format"), read_only=True, force_share=True
+            path,
+            format=settings.get("backing_format"),
+            read_only=True,
+            force_share=True,
+            describe_only=True,
         )
     try:
         settings.setdefault("size", node.virtual_size)
@@ -180,10 +196,27 @@ async def _make(kind: str, image: Path, size: int, settings: dict[str, Any]) -> 
     return 512
 
 
+def _size_of_data_file(image: Path, settings: dict[str, Any]) -> None:
+    """A raw data file that exists is the disk, so it tells the size."""
+    path = image.parent / settings.get("data_file", "")
+    if settings.get("data_file_raw") and path.is_file():
+        settings.setdefault("size", path.stat().st_size)
+
+
 async def _create(
-    kind: str, image: Path, settings: dict[str, Any], *, unsafe: bool
+    kind: str,
+    image: Path,
+    settings: dict[str, Any],
+    encryption: "Encryption | None",
+    *,
+    unsafe: bool,
 ) -> dict[str, Any]:
     _check_options(kind, settings)
+    if encryption is not None:
+        if kind != "qcow2":
+            raise BadRequest(f'the format "{kind}" has no LUKS encryption')
+        settings["encryption"] = encryption
+    _size_of_data_file(image, settings)
     if settings.get("backing_file"):
         if not unsafe:
             await _inspect_backing(image, settings)
@@ -206,10 +239,13 @@ def run(arguments: list[str]) -> int:
         raise CommandError(f'cannot create the format "{parsed["format"]}"', file=image)
     with naming(image):
         settings = _read_settings(parsed)
+        pairs = _split_options(parsed["options"])
+        named = {name: value for name, value in pairs if is_encryption_option(name)}
+        encryption = read_encryption(parsed, named)
 
         async def main() -> dict[str, Any]:
             return await _create(
-                parsed["format"], Path(image), settings, unsafe=parsed["unsafe"]
+                parsed["format"], Path(image), settings, encryption, unsafe=parsed["unsafe"]
             )
 
         made = run_async(main)
@@ -221,5 +257,9 @@ def run(arguments: list[str]) -> int:
         text += f", clusters of {format_size(cluster_size)}"
         if made.get("backing_file"):
             text += f", backing file {made['backing_file']} ({made['backing_format']})"
+        if made.get("data_file"):
+            text += f", data file {made['data_file']}"
+        if encryption is not None:
+            text += f", encrypted ({encryption.cipher})"
         print_lines([text])
     return 0

@@ -22,6 +22,7 @@ COMMANDS = {
     "umount": "unmount, and return when the image is flushed, closed and unlocked",
     "create": "make a new qcow2 image",
     "info": "show what an image is",
+    "amend": "change an image at rest: the key slots of an encrypted one",
     "snapshot": "list, create, apply, delete or rename the snapshots of an image at rest",
 }
 _HIDDEN = ("demo",)

@@ -9,14 +9,17 @@ Invariant: no file is created, and no process left, when the exit code is not 0.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
+import select
 import signal
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from qcowfs.cli.common import (
@@ -30,32 +33,36 @@ from qcowfs.cli.common import (
     naming,
     parse_size,
     print_error,
-    read_key,
     size_argument,
 )
+from qcowfs.cli.keys import KEY_FILE_HELP, read_secrets
 
 if TYPE_CHECKING:
+    from qcowfs.driver.secrets import Secrets
     from qcowfs.fuse.session import MountOptions
 
 logger = logging.getLogger("qcowfs")
 
+_FIRST_ORDINARY_FD = 3
+
 _READY = b"+"
 _FAILED = b"-"
 
-# What mount(8), fstab and systemd add for themselves.
+# What mount(8), fstab and systemd add for themselves, and what fusermount3 does
+# not know and means nothing here: no access times are kept, and there are no links.
 _IGNORED_OPTIONS = frozenset(
-    "defaults auto noauto user nouser users owner nouser group nofail _netdev".split()
+    "defaults auto noauto user nouser users owner nouser group nofail _netdev"
+    " diratime nodiratime relatime norelatime strictatime nostrictatime lazytime nolazytime"
+    " symfollow nosymfollow".split()
 )
-_IGNORED_PREFIXES = ("x-", "X-", "comment=")
+# The subtype is by what `qcowfs umount` knows its own.
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "subtype=")
 
 _FUSE_FLAGS = frozenset(
     "allow_other allow_root default_permissions suid nosuid dev nodev exec noexec sync async"
-    " dirsync atime noatime diratime nodiratime relatime norelatime strictatime nostrictatime"
-    " lazytime nolazytime symfollow nosymfollow".split()
+    " dirsync atime noatime".split()
 )
-_FUSE_VALUES = frozenset(
-    "fsname subtype uid gid umask context fscontext defcontext rootcontext".split()
-)
+_FUSE_VALUES = frozenset("fsname uid gid umask context fscontext defcontext rootcontext".split())
 
 
 @dataclass(slots=True)
@@ -73,8 +80,8 @@ class _Request:
     lock: bool = True
     backing_root: str | None = None
     force: bool = False
-    key_file: str | None = None
-    key: bytes | None = field(default=None, repr=False)
+    key_files: list[str] = field(default_factory=list)
+    key: "Secrets | None" = None
     cache_size: int | None = None
     growable: bool = False
     use_lane: bool = True
@@ -102,8 +109,8 @@ def _parser() -> Parser:
     add("--backing-root", metavar="DIR", help="refuse backing files that do not lie below DIR")
     add("--force", action="store_true",
         help="write to a COW image though its backing file has changed")  # fmt: skip
-    add("--key-file", metavar="FILE",
-        help="an encrypted image's passphrase, all bytes of the file; - asks for it")  # fmt: skip
+    add("--key-file", dest="key_files", metavar="FILE", action="append", default=[],
+        help=KEY_FILE_HELP)  # fmt: skip
     add("-U", "--force-share", action="store_true",
         help="take no locks; with -r, an image that is in use can be read")  # fmt: skip
     add("--no-lock", dest="lock", action="store_false", help="neither take nor honour locks")
@@ -149,12 +156,14 @@ def _apply_own_option(request: _Request, name: str, value: str | None) -> bool:
     if value is None:
         return False
     if name in {
-        "format", "backing_format", "backing_root", "key_file", "pid_file", "log_file",
+        "format", "backing_format", "backing_root", "pid_file", "log_file",
     }:  # fmt: skip
         setattr(request, name, value)
+    elif name == "key_file":
+        request.key_files.append(value)
     elif name == "cache_size":
         request.cache_size = parse_size(value)
-    elif name == "poll_us" and value.isdigit():
+    elif name == "poll_us" and value.isascii() and value.isdigit():
         request.poll_us = int(value)
     else:
         return False
@@ -186,11 +195,14 @@ def _read_request(arguments: list[str]) -> _Request:
         raise CommandError("--poll-us: not negative", file=request.image)
     if request.cache_size is not None and request.cache_size < 1 << 16:
         raise CommandError("--cache-size: at least 64 KiB", file=request.image)
-    if request.key_file is not None:
-        # Before the process leaves its terminal and its standard input.
-        request.key = read_key(request.key_file)
+    # Before the process leaves its terminal and its standard input.
+    request.key = read_secrets(request.key_files)
     if request.ready_fd is not None:
         with naming(f"--ready-fd {request.ready_fd}"):
+            if request.ready_fd < _FIRST_ORDINARY_FD:
+                # A standard stream, which the background takes another file for.
+                copy = fcntl.fcntl(request.ready_fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_ORDINARY_FD)
+                request.ready_fd = copy
             # Helpers that the mount starts must not keep the reader waiting.
             os.set_inheritable(request.ready_fd, False)
     return request
@@ -206,27 +218,32 @@ class _PidFile:
     def __init__(self, path: str) -> None:
         self._path = absolute(path)
         self._created = not os.path.lexists(self._path)
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, b"%d\n" % os.getpid(), 0)
         self._created = True
 
     def finish(self) -> None:
         if self._created:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+                if os.path.samestat(os.stat(self._path), os.fstat(self.descriptor)):
                     os.unlink(self._path)
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 class _DescriptorHandler(logging.Handler):
     """Log records as lines on standard error, whatever that is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        data = (self.format(record) + "\n").encode(errors="backslashreplace")
+        room = select.poll()
+        room.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
-            os.write(2, (self.format(record) + "\n").encode(errors="backslashreplace"))
+            # A pipe that nobody empties costs the rest of the record, not the mount.
+            while data and room.poll(0):
+                data = data[os.write(2, data[: select.PIPE_BUF]) :]
 
 
 class _SystemLogHandler(logging.Handler):
@@ -300,8 +317,8 @@ def _serve(request: _Request, on_ready: Callable[[], None]) -> int:
 
     def ready() -> None:
         nonlocal is_ready
-        is_ready = True
         on_ready()
+        is_ready = True
         if request.ready_fd is not None:
             with contextlib.suppress(OSError):
                 os.write(request.ready_fd, b"ready\n")
@@ -339,10 +356,29 @@ def _serve_in_foreground(request: _Request, pid_file: _PidFile | None, log: int 
     return _serve(request, on_ready)
 
 
+def _inherited_descriptors(own: set[int | None]) -> list[int]:
+    """What the parent left open beside the standard streams and `own`."""
+    inherited = []
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor >= _FIRST_ORDINARY_FD and descriptor not in own:
+            # One of them was the listing's and is closed by now.
+            with contextlib.suppress(OSError):
+                os.fstat(descriptor)
+                inherited.append(descriptor)
+    return inherited
+
+
 def _serve_in_child(
     request: _Request, pid_file: _PidFile | None, log: int | None, pipe: int
 ) -> int:
-    """The daemon's whole life; `pipe` takes the verdict for the parent."""
+    """The daemon's whole life; `pipe` takes the verdict for the parent.
+
+    Descriptors that were handed down are closed when the mount is ready and not
+    before: a path on the command line may be one of them, as /dev/fd/N.
+    """
+    pid_descriptor = None if pid_file is None else pid_file.descriptor
+    inherited = _inherited_descriptors({pipe, log, request.ready_fd, pid_descriptor})
 
     def on_ready() -> None:
         if pid_file is not None:
@@ -351,13 +387,18 @@ def _serve_in_child(
         for descriptor in (0, 1, 2):
             os.dup2(null if descriptor == 0 or log is None else log, descriptor)
         os.close(null)
+        for descriptor in inherited:
+            os.close(descriptor)
         if log is None:
             _set_up_log(request, _SystemLogHandler())
         # So that no directory is held busy.
         os.chdir("/")
-        with contextlib.suppress(OSError):
+        try:
             os.write(pipe, _READY)
-            os.close(pipe)
+        except BrokenPipeError:
+            # Whoever asked for the mount has died and will never unmount it.
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(pipe)
 
     os.setsid()
     try:
@@ -390,7 +431,14 @@ def _wait_for_child(child: int, pipe: int) -> int:
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else EXIT_FAILURE
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def _serve_in_background(request: _Request, pid_file: _PidFile | None, log: int | None) -> int:
+    # However the parent is asked to end, it takes the child along.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -2,7 +2,8 @@
 
 On a mounted image the same is done by attributes and by `rm` and `mv` inside
 `snapshots/`; here the image must not be in use, and its locks see to that.
-Backing files are not opened: no snapshot operation needs them.
+Backing files and data files are not opened, and no passphrase is asked for: no
+snapshot operation needs them.
 """
 
 import json
@@ -45,7 +46,11 @@ async def _open(image: str, *, read_only: bool, force_share: bool = False) -> "Q
     from qcowfs.driver.qcow2.image import Qcow2Node
 
     node = await open_image(
-        Path(image), read_only=read_only, force_share=force_share, backing=False
+        Path(image),
+        read_only=read_only,
+        force_share=force_share,
+        backing=False,
+        describe_only=True,
     )
     if not isinstance(node, Qcow2Node):
         format_name = node.format_name

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 
 import trio
 
+from qcowfs.driver import data_file
 from qcowfs.driver.backing_names import FORMATS, Reference, resolve_backing, shown
 from qcowfs.driver.layout.extensions import printable
 from qcowfs.driver.layout.header import (
@@ -40,6 +41,7 @@ from qcowfs.driver.qcow1 import open_qcow1
 from qcowfs.driver.qcow2.image import open_qcow2
 from qcowfs.driver.qcow2.metadata import DEFAULT_CACHE_SIZE
 from qcowfs.driver.raw import RawNode
+from qcowfs.driver.secrets import Secrets
 from qcowfs.driver.storage import HostFile, LockRole
 from qcowfs.driver.uml_cow import open_cow
 from qcowfs.driver.window import WindowStorage
@@ -77,6 +79,7 @@ class _Layer:
     reference: Reference
     storage: HostFile
     header: Header | Qcow1Header | CowHeader | None
+    data_storage: HostFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class _Manner:
     lock: bool
     backing_root: str | None
     force: bool
-    key: bytes | None
+    secrets: Secrets
     describe_only: bool
     cache_size: int
 
@@ -115,7 +118,7 @@ async def open_image(
     backing_format: str | None = None,
     backing_root: str | os.PathLike[str] | None = None,
     force: bool = False,
-    key: bytes | None = None,
+    key: bytes | Secrets | None = None,
     describe_only: bool = False,
     cache_size: int = DEFAULT_CACHE_SIZE,
 ) -> Node:
@@ -127,8 +130,9 @@ async def open_image(
     ranges are zeros. With `backing_root`, every backing file has to lie below
     that folder, symbolic links resolved. `force` opens a COW image for writing
     though its backing file was changed after it was made. `key` is the
-    passphrase of the layers that are encrypted; with `describe_only` none is
-    asked for, and the node is good for `info` alone. `cache_size`, in bytes, is
+    passphrase of the layers that are encrypted, or tells each layer's own. With
+    `describe_only` neither that nor a data file is asked for, and the node is
+    good for `info` and for what is done to snapshots. `cache_size`, in bytes, is
     shared by the layers.
 
     Raises OSError, ImageBusy, BadRequest (format not known or not as said, no
@@ -138,7 +142,8 @@ async def open_image(
     root = None
     if backing_root is not None:
         root = os.path.realpath(backing_root, strict=True)
-    manner = _Manner(read_only, force_share, lock, root, force, key, describe_only, cache_size)
+    secrets = key if isinstance(key, Secrets) else Secrets(key)
+    manner = _Manner(read_only, force_share, lock, root, force, secrets, describe_only, cache_size)
     layers: list[_Layer] = []
     try:
         reference: Reference | None = Reference(os.fspath(path), format)
@@ -155,6 +160,8 @@ async def open_image(
         with trio.CancelScope(shield=True):
             for layer in layers:
                 await layer.storage.aclose()
+                if layer.data_storage is not None:
+                    await layer.data_storage.aclose()
         raise
 
 
@@ -188,13 +195,15 @@ async def _open_layer(reference: Reference, layers: list[_Layer], manner: _Manne
         if reference.label is not None and manner.backing_root is not None:
             _require_below(manner.backing_root, storage, reference.path)
         # A file that is met again would be refused for our own lock on it.
-        if any(storage.identity == upper.storage.identity for upper in layers[:-1]):
+        if storage.identity in _identities(layers[:-1]):
             raise CorruptImage("the backing chain is a loop: the file is in it already")
         if manner.lock and not manner.force_share:
             storage.acquire_locks(_role(reference.format, writable, is_top=len(layers) == 1))
         layer.header = await _read_header(storage, reference)
         if isinstance(layer.header, Header) and not writable:
             _warn_of_marks(layer.header, reference.path)
+        if isinstance(layer.header, Header) and layer.header.has_data_file:
+            await _open_data_file(layer, layers, manner, writable=writable)
         if len(layers) > 1 and isinstance(layers[-2].header, CowHeader):
             writes = len(layers) == 2 and not manner.read_only
             _compare_times(layers[-2], layer, writable=writes, force=manner.force)
@@ -204,6 +213,35 @@ async def _open_layer(reference: Reference, layers: list[_Layer], manner: _Manne
         upper_layers = [upper for upper in layers if upper.reference is not reference]
         raise _about_backing(error, reference.label, upper_layers[-1].reference.path) from error
     return layer
+
+
+def _identities(layers: list[_Layer]) -> set[tuple[int, int]]:
+    """The identities of all files that the layers have open."""
+    data_files = [layer.data_storage for layer in layers if layer.data_storage is not None]
+    return {file.identity for file in [*data_files, *(layer.storage for layer in layers)]}
+
+
+async def _open_data_file(
+    layer: _Layer, layers: list[_Layer], manner: _Manner, *, writable: bool
+) -> None:
+    """Open and lock the external data file of a layer; a message names both files."""
+    assert isinstance(layer.header, Header)
+    if manner.describe_only:
+        return
+    image_path = layer.reference.path
+    try:
+        path = data_file.data_file_path(layer.header, image_path)
+        layer.data_storage = await data_file.open_data_file(
+            path,
+            writable=writable,
+            lock=manner.lock and not manner.force_share,
+            taken=_identities(layers),
+        )
+        if manner.backing_root is not None:
+            _require_below(manner.backing_root, layer.data_storage, path)
+    except (QcowfsError, OSError) as error:
+        label = printable(layer.header.data_file or b"")
+        raise _about(error, "data file", label, image_path) from error
 
 
 def _status_of(path: str, storage: HostFile) -> os.stat_result:
@@ -259,7 +297,11 @@ def _role(stated_format: str | None, writable: bool, *, is_top: bool) -> LockRol
 
 def _about_backing(error: QcowfsError | OSError, label: str, image_path: str) -> Exception:
     """`error` with the names of the backing file and of the image that names it."""
-    about = f'backing file "{label}" of "{printable(os.fsencode(image_path))}"'
+    return _about(error, "backing file", label, image_path)
+
+
+def _about(error: QcowfsError | OSError, role: str, label: str, image_path: str) -> Exception:
+    about = f'{role} "{label}" of "{printable(os.fsencode(image_path))}"'
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{about} does not exist")
     if isinstance(error, OSError):
@@ -374,7 +416,7 @@ async def _make_node(
             header,
             path=path,
             backing=backing,
-            key=manner.key,
+            key=manner.secrets.of(path),
             describe_only=manner.describe_only,
             cache_size=cache_size,
         )
@@ -383,5 +425,12 @@ async def _make_node(
             layer.storage, header, path=path, backing=backing, cache_size=cache_size
         )
     return await open_qcow2(
-        layer.storage, path=path, read_only=read_only, backing=backing, cache_size=cache_size
+        layer.storage,
+        path=path,
+        read_only=read_only,
+        backing=backing,
+        cache_size=cache_size,
+        secret=manner.secrets.of(path),
+        data_storage=layer.data_storage,
+        describe_only=manner.describe_only,
     )

@@ -149,9 +149,9 @@ class PageCache:
         return taken
 
     def settle(self, taken: Sequence[DirtyRange]) -> None:
-        """The ranges are durable, and so is what points to their pages."""
+        """The ranges are durable; new pages among them count as old ones by now."""
         for part in taken:
-            part.page.in_commit = part.page.is_new = False
+            part.page.in_commit = False
         self._evict()
 
     def give_back(self, taken: Sequence[DirtyRange]) -> None:

@@ -181,6 +181,10 @@ class Qcow1Tables:
                 if part.is_new:
                     await self._write(part.data, part.host_offset)
             await sync()
+            for part in taken:
+                # Durable now: what is added to it later must follow its data, even if the
+                # L1 entry that is written next fails half-way.
+                part.page.is_new = False
             if taken or l1_parts:
                 await self._publish(taken, l1_parts)
                 await sync()

@@ -37,11 +37,18 @@ class Effect:
 class Changes:
     """The changes of one mount; `tree` is the present truth."""
 
-    def __init__(self, node: Node, files: OpenFiles, counts: BlockCounts) -> None:
+    def __init__(
+        self,
+        node: Node,
+        files: OpenFiles,
+        counts: BlockCounts,
+        is_attached: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._node = node
         self._store = node if isinstance(node, SnapshotStore) else None
         self._files = files
         self._counts = counts
+        self._is_attached = is_attached
         self._lock = trio.Lock()
         self._may_write = trio.Event()
         self._may_write.set()
@@ -100,6 +107,9 @@ class Changes:
                     await self._files.wait_no_writers()
                 if self._files.writer_count:
                     raise ImageBusy("active.raw is open for writing")
+                # A read-only loop device keeps pages that nobody can invalidate.
+                if self._is_attached():
+                    raise ImageBusy("active.raw is attached to a loop device")
                 await store.apply_snapshot(snapshot_id)
                 self._files.active.touch()
                 self._counts.forget(ACTIVE_INODE)

@@ -97,7 +97,9 @@ class HotTarget:
 
     def touch(self) -> None:
         """Note that the content has changed just now."""
-        self.changed_ns = time.time_ns()
+        now = time.time_ns()
+        # Later than every earlier change, though the clock be set back.
+        self.changed_ns = now if now > self.changed_ns else self.changed_ns + 1
 
 
 class GoneNode:
@@ -258,9 +260,12 @@ class OpenFiles:
     async def release(self, file: _SnapshotFile) -> None:
         """Give back what `acquire` answered; idle nodes beyond a few are closed."""
         file.users -= 1
-        idle = [inode for inode, other in self._snapshots.items() if not other.users]
-        for inode in idle[:-_IDLE_NODES]:
-            await self._snapshots.pop(inode).target.node.aclose()
+        while True:
+            # Looked for anew each time: others come and go while one is being closed.
+            idle = [inode for inode, other in self._snapshots.items() if not other.users]
+            if len(idle) <= _IDLE_NODES:
+                return
+            await self._snapshots.pop(idle[0]).target.node.aclose()
 
     @asynccontextmanager
     async def without(self, entry: Entry) -> AsyncIterator[None]:

@@ -294,12 +294,12 @@ class Lane:
             return
         target = self._operations.hot_target(inode, fh)
         if target is None or not target.writable:
-            self._start_write(self._write_elsewhere, unique, None, size, fh, offset, flags)
+            self._start_write(self._write_elsewhere, unique, None, size, inode, fh, offset, flags)
             return
         node = target.node
         data = self._request.data(size)
         if size > node.virtual_size - offset:
-            self._start_write(self._write_elsewhere, unique, node, size, fh, offset, flags)
+            self._start_write(self._write_elsewhere, unique, node, size, inode, fh, offset, flags)
             return
         try:
             written = node.try_write(offset, data)
@@ -357,10 +357,13 @@ class Lane:
         self._write(_WRITE_ANSWER.pack(_WRITE_ANSWER.size, 0, unique, len(data)))
 
     async def _write_elsewhere(
-        self, unique: int, data: bytes | memoryview, fh: int, offset: int, flags: int
+        self, unique: int, data: bytes | memoryview, inode: int, fh: int, offset: int, flags: int
     ) -> None:
         """Past the end of a disk, or a file that the lane does not serve."""
         count = await self._operations.write(fh, offset, data)
+        target = self._operations.hot_target(inode, fh)
+        if flags & _DSYNC and target is not None:
+            await target.node.flush()
         self._write(_WRITE_ANSWER.pack(_WRITE_ANSWER.size, 0, unique, count))
 
     async def _sync_write(self, unique: int, node: Node, size: int) -> None:

@@ -105,8 +105,13 @@ class Operations(pyfuse3.Operations):
         kernel: Notifier,
         nursery: trio.Nursery,
         presentation: Presentation,
+        is_attached: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`nursery` holds the tasks that outlive a request; it may be cancelled at any time."""
+        """`nursery` holds the tasks that outlive a request; it may be cancelled at any time.
+
+        `is_attached` says whether a loop device works on the active disk; it
+        must not ask this mount.
+        """
         super().__init__()
         self._node = node
         self._kernel = kernel
@@ -114,7 +119,7 @@ class Operations(pyfuse3.Operations):
         self._show = presentation
         self._files = OpenFiles(node, growable=presentation.growable)
         counts = BlockCounts(nursery)
-        self._changes = Changes(node, self._files, counts)
+        self._changes = Changes(node, self._files, counts, is_attached)
         self._attributes = Attributes(node, self._using)
         self._status = Status(node, self._files, counts, self._changes, presentation, self._using)
         self._last_complaint = ""

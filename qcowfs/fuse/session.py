@@ -19,7 +19,7 @@ import signal
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,12 +29,14 @@ import trio
 
 from qcowfs.driver.node import Node
 from qcowfs.driver.opening import open_image
+from qcowfs.driver.secrets import Secrets
 from qcowfs.errors import BadRequest, NotFound, QcowfsError
 from qcowfs.fuse import device
 from qcowfs.fuse.kernel import DescriptorKernel, Notifier, SessionKernel
 from qcowfs.fuse.lane import Lane
 from qcowfs.fuse.operations import Operations
 from qcowfs.fuse.status import Presentation
+from qcowfs.fuse.tree import ACTIVE_NAME
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 3
 _STOP_SECONDS = 10
 _PR_SET_IO_FLUSHER = 57
+# One below the number that means "no such user" to the kernel.
+_LARGEST_ID = (1 << 32) - 2
 
 # Options that are ours, and those that only mount(2) itself understands.
 _OWN_OPTIONS = frozenset({"uid", "gid", "umask", "nonempty", "ro", "rw"})
@@ -72,7 +76,7 @@ class MountOptions:
     lock: bool = True
     backing_root: Path | None = None
     force: bool = False
-    key: bytes | None = field(default=None, repr=False)
+    key: Secrets | None = None
     cache_size: int | None = None
     fuse_options: Mapping[str, str | None] = field(default_factory=dict)
     growable: bool = False
@@ -89,6 +93,9 @@ async def serve(options: MountOptions, *, ready: Callable[[], None] | None = Non
     flush failed (logged). Raises QcowfsError or OSError when nothing could be
     mounted. Runs in the main thread, whose signals it takes over.
     """
+    # fusermount3 neither mounts through a symbolic link nor unmounts through one.
+    real = Path(os.path.realpath(options.mountpoint))
+    options = replace(options, mountpoint=real)
     presentation = _presentation(options)
     with _signals_disarmed(), trio.open_signal_receiver(*_SIGNALS) as signals:
         _ask_for_io_flusher()
@@ -180,6 +187,7 @@ class _Session:
         self._node = node
         self._show = presentation
         self._mountpoint = os.fspath(options.mountpoint)
+        self._active_path = os.fsencode(self._mountpoint) + b"/" + ACTIVE_NAME
         self._device: int | None = None
         self._exit_code = 0
         self._is_mounted = False
@@ -244,7 +252,13 @@ class _Session:
         return kernel, operations
 
     def _operations(self, kernel: Notifier, nursery: trio.Nursery) -> Operations:
-        return Operations(self._node, kernel=kernel, nursery=nursery, presentation=self._show)
+        return Operations(
+            self._node,
+            kernel=kernel,
+            nursery=nursery,
+            presentation=self._show,
+            is_attached=lambda: _is_attached(self._active_path),
+        )
 
     async def _serve(self) -> None:
         """Return when the kernel has hung up, or `_stop_serving` was called."""
@@ -359,6 +373,23 @@ def _start_libfuse(operations: Operations, mountpoint: str, options: set[str]) -
         raise device.MountFailed(f"cannot mount on {mountpoint}: {error}") from error
 
 
+def _is_attached(path: bytes) -> bool:
+    """Whether a loop device, be it a read-only one, works on the file at `path`.
+
+    Asks the kernel's tables alone, never the file.
+    """
+    for name in os.listdir("/sys/block") if os.path.isdir("/sys/block") else []:
+        if not name.startswith("loop"):
+            continue
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", "rb") as file:
+                if file.read().removesuffix(b"\n") == path:
+                    return True
+        except OSError:
+            continue
+    return False
+
+
 def _mount_options(options: MountOptions, show: Presentation) -> dict[str, str | bool | None]:
     """The options of the mount itself, defaults first."""
     wanted: dict[str, str | bool | None] = {
@@ -394,9 +425,12 @@ def _presentation(options: MountOptions) -> Presentation:
         if text is None:
             return default
         try:
-            return int(text, base)
+            value = int(text, base)
         except ValueError:
             raise BadRequest(f"mount option {name}={text} is not a number") from None
+        if not 0 <= value <= _LARGEST_ID:
+            raise BadRequest(f"mount option {name}={text} is out of range")
+        return value
 
     return Presentation(
         uid=number("uid", os.getuid()),

@@ -14,16 +14,17 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import trio
 
 from qcowfs.driver.extent import ExtentKind
-from qcowfs.driver.node import Node
+from qcowfs.driver.node import Buffer, Node
 from qcowfs.driver.opening import open_image
 from qcowfs.driver.qcow2.create import create_qcow2
 from qcowfs.driver.qcow2.image import Qcow2Node, SnapshotNode, open_qcow2
@@ -51,7 +52,8 @@ class Shape:
     """A kind of image to begin with.
 
     `backing` is none, raw (shorter than the disk) or qcow2 (longer); `start` is
-    empty, compressed, filled (half of it data) or preallocated.
+    empty, compressed, dense (many compressed clusters in one), filled (half of
+    it data) or preallocated.
     """
 
     cluster_size: int
@@ -112,7 +114,15 @@ def all_shapes() -> Iterator[Shape]:
             number += 1
 
 
-SHAPES = tuple(all_shapes())
+# Counts that reach their limit on the way.
+SATURATED = (
+    Shape(512, refcount_bits=2, start="filled"),
+    Shape(512, refcount_bits=4, backing="raw", start="dense"),
+    Shape(4 * KIB, refcount_bits=8, start="dense"),
+    Shape(4 * KIB, refcount_bits=2, backing="qcow2", start="dense"),
+    Shape(16 * KIB, extended_l2=True, refcount_bits=8, start="dense", compression_type="zstd"),
+)
+SHAPES = (*all_shapes(), *SATURATED)
 
 
 class Step(NamedTuple):
@@ -139,8 +149,7 @@ KINDS = {
     "look": 5,
     "refuse": 1,
     "together": 4,
-    "together_create": 1,
-    "together_apply": 1,
+    "mingled": 4,
     "reopen": 2,
     "foreign": 1,
 }
@@ -197,6 +206,13 @@ def write_sparse(path: Path, content: bytes | bytearray) -> None:
                 file.write(piece)
 
 
+def dense_sample(rng: random.Random, size: int) -> bytes:
+    """`size` bytes of which many clusters, compressed, fit into one."""
+    return b"".join(
+        bytes([rng.randrange(256)]) * (SECTOR * 2) for _ in range(size // (SECTOR * 2) + 1)
+    )[:size]
+
+
 def sample(rng: random.Random, size: int) -> bytes:
     """`size` bytes in which zeros, what compresses well and what does not alternate."""
     pieces = []
@@ -223,11 +239,92 @@ class Kept:
     node: SnapshotNode | None = None
 
 
-class Change(NamedTuple):
-    """Bytes that were written at a place."""
+@dataclass
+class Change:
+    """Bytes given to a place between two moments; `end` is None while it is under way.
 
+    One that is not `sure` may leave bytes as they were.
+    """
+
+    begin: int
     guest_offset: int
     data: bytes
+    sure: bool
+    end: int | None = None
+
+
+class History:
+    """What each byte may be while changes and reads go on side by side."""
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        self.clock = 0
+        self.changes = [Change(0, 0, bytes(content), sure=True, end=0)]
+
+    def tick(self) -> int:
+        """A moment of its own."""
+        self.clock += 1
+        return self.clock
+
+    def add(self, guest_offset: int, data: bytes, *, sure: bool = True) -> Change:
+        """Note a change that begins now."""
+        change = Change(self.tick(), guest_offset, data, sure)
+        self.changes.append(change)
+        return change
+
+    def check(
+        self, found: bytearray, guest_offset: int, begin: int, end: int | None = None
+    ) -> None:
+        """What was read between two moments, now the later one, was there between them."""
+        end = self.tick() if end is None else end
+        bytes_found = np.frombuffer(found, dtype=np.uint8)
+        allowed = np.zeros(len(found), dtype=bool)
+        for change in self.changes:
+            start = max(change.guest_offset, guest_offset)
+            stop = min(change.guest_offset + len(change.data), guest_offset + len(found))
+            if change.begin > end or start >= stop:
+                continue
+            data = np.frombuffer(change.data, dtype=np.uint8)
+            data = data[start - change.guest_offset : stop - change.guest_offset]
+            fits = data == bytes_found[start - guest_offset : stop - guest_offset]
+            for later in self.changes:
+                if (
+                    later.sure
+                    and change.end is not None
+                    and later.end is not None
+                    and change.end < later.begin
+                    and later.end < begin
+                ):
+                    first = max(later.guest_offset - start, 0)
+                    last = later.guest_offset + len(later.data) - start
+                    fits[first : max(last, 0)] = False
+            allowed[start - guest_offset : stop - guest_offset] |= fits
+        wrong = np.flatnonzero(~allowed)
+        assert not len(wrong), (
+            f"{len(wrong)} bytes from {guest_offset + int(wrong[0]):#x} to "
+            f"{guest_offset + int(wrong[-1]):#x} were never there, or not any more"
+        )
+
+
+class SlowFile(MemoryFile):
+    """A file in memory; some reads and writes take so long that a commit fits into them."""
+
+    def __init__(self, content: bytes, seed: int, **options: Any) -> None:
+        super().__init__(content, seed=seed, **options)
+        self._turns = random.Random(seed)
+
+    async def pread_into(self, buffers: Sequence[memoryview], host_offset: int) -> None:
+        """Read after others have had their turns."""
+        await self._linger()
+        await super().pread_into(buffers, host_offset)
+
+    async def pwrite(self, buffers: Sequence[Buffer], host_offset: int) -> None:
+        """Write after others have had their turns."""
+        await self._linger()
+        await super().pwrite(buffers, host_offset)
+
+    async def _linger(self) -> None:
+        for _ in range(self._turns.choice((0, 0, 0, 30, 300))):
+            await trio.lowlevel.checkpoint()
 
 
 class Model:
@@ -292,7 +389,10 @@ class Model:
         else:
             await _OTHERS[step.kind](self, rng)
         assert self.node.failsafe is None
-        assert not self.node.metadata.requests.allocations
+        requests = self.node.metadata.requests
+        assert not requests.allocations
+        assert not requests.writer_count
+        assert requests.oldest() == requests.generation
 
     # The life of the image
 
@@ -312,9 +412,10 @@ class Model:
             run_tool("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", self.folder / "raw",
                      self.base_path)  # fmt: skip
             backing = ["-F", "qcow2", "-b", "base.qcow2"]
-        if shape.start in {"compressed", "filled"}:
-            write_sparse(self.folder / "raw", sample(rng, size))
-            flags = ["-c"] if shape.start == "compressed" else []
+        if shape.start in {"compressed", "dense", "filled"}:
+            content = dense_sample if shape.start == "dense" else sample
+            write_sparse(self.folder / "raw", content(rng, size))
+            flags = [] if shape.start == "filled" else ["-c"]
             run_tool("qemu-img", "convert", *flags, "-f", "raw", "-O", "qcow2", "-o",
                      shape.options, self.folder / "raw", self.path)  # fmt: skip
             if backing:
@@ -355,11 +456,11 @@ class Model:
             assert isinstance(node, Qcow2Node)
         else:
             rate = rng.choice((0.1, 0.4))
-            self._memory = MemoryFile(
+            self._memory = SlowFile(
                 self.path.read_bytes(),
+                rng.getrandbits(32),
                 miss_rate=rate,
                 refusal_rate=rate,
-                seed=self.seed,
                 can_punch=rng.random() < 0.8,
             )
             backing = None
@@ -543,9 +644,12 @@ class Model:
         assert found == [(key, kept.name) for key, kept in self.snapshots.items()]
 
     async def _create(self, rng: random.Random) -> None:
-        if len(self.snapshots) >= SNAPSHOT_LIMITS.get(self.shape.cluster_size, 5):
+        if self._is_crowded():
             await self._delete(rng)
         await self._create_named(self._new_name(rng), bytes(self.content))
+
+    def _is_crowded(self) -> bool:
+        return len(self.snapshots) >= SNAPSHOT_LIMITS.get(self.shape.cluster_size, 5)
 
     async def _create_named(self, name: bytes, content: bytes) -> bytes | None:
         """Take a snapshot; its id, or None where the counts cannot hold it."""
@@ -584,16 +688,21 @@ class Model:
         key = self._choose(rng)
         if key is None:
             return
-        try:
-            await self.node.apply_snapshot(self._reference(key, rng))
-        except ImageFull:
-            assert self.shape.refcount_bits <= 8, "there was room for another reference"
-            self.refused_count += 1
-        else:
+        if await self._apply_one(self._reference(key, rng)):
             self.content[:] = self.snapshots[key].content
         assert self.node.virtual_size == len(self.content)
         self._check_list()
         await self._compare_whole()
+
+    async def _apply_one(self, reference: bytes) -> bool:
+        """Whether the counts could hold it."""
+        try:
+            await self.node.apply_snapshot(reference)
+        except ImageFull:
+            assert self.shape.refcount_bits <= 8, "there was room for another reference"
+            self.refused_count += 1
+            return False
+        return True
 
     async def _rename(self, rng: random.Random) -> None:
         key = self._choose(rng)
@@ -679,92 +788,106 @@ class Model:
                 nursery.start_soon(work, lane, rng.getrandbits(32))
             nursery.start_soon(self._look, looker)
 
-    async def _write_lane(
-        self, lane: tuple[int, int], seed: int, changes: list[Change]
-    ) -> None:
-        """Writes and zeroes in one lane; each is noted when it has been done."""
-        rng = random.Random(seed)
-        for _ in range(rng.randint(1, 4)):
-            guest_offset, length = self._in_lane(lane, rng)
-            if rng.random() < 0.3:
-                data = bytes(length)
-                changes.append(Change(guest_offset, data))
-                await self.node.write_zeroes(guest_offset, length)
-            else:
-                data = rng.randbytes(length)
-                changes.append(Change(guest_offset, data))
-                if not self.node.try_write(guest_offset, data):
-                    await self.node.write_from(guest_offset, data)
-            if rng.random() < 0.3:
-                await trio.lowlevel.checkpoint()
+    async def _mingled(self, rng: random.Random) -> None:
+        """Tasks that change and read the same ranges, and snapshots, all at once.
 
-    async def _write_beside(
-        self, rng: random.Random, call: Callable[[], Awaitable[None]]
-    ) -> dict[tuple[int, int], list[Change]]:
-        """Write in lanes while `call` runs; what was written, by lane."""
-        done: dict[tuple[int, int], list[Change]] = {}
-        async with trio.open_nursery() as nursery:
-            for lane in self._lanes(rng):
-                done[lane] = []
-                nursery.start_soon(self._write_lane, lane, rng.getrandbits(32), done[lane])
-            nursery.start_soon(call)
-        return done
+        A read, and a snapshot when it is taken, finds of each byte what one of
+        the changes up to then gave it, and nothing that was overwritten before
+        the read began.
+        """
+        history = History(self.content)
+        old = list(self.snapshots.items())
+        gone: list[bytes] = []
 
-    async def _together_create(self, rng: random.Random) -> None:
-        """A snapshot beside writes holds the first of each task's writes, whole, and no more."""
-        if len(self.snapshots) >= SNAPSHOT_LIMITS.get(self.shape.cluster_size, 5):
-            await self._delete(rng)
-        name = self._new_name(rng)
-        keys: list[bytes | None] = []
-
-        async def create() -> None:
-            keys.append(await self._create_named(name, b""))
-
-        done = await self._write_beside(rng, create)
-        key = keys[0]
-        listed = {snapshot.id: snapshot for snapshot in self.node.snapshots()}
-        found = bytearray(len(self.content))
-        if key is not None:
-            node = await self.node.open_snapshot(listed[key])
-            await node.read_into(0, memoryview(found))
-        for (start, end), changes in done.items():
-            states = [self.content[start:end]]
-            for change in changes:
-                states.append(_changed(states[-1], start, [change]))
-            if key is not None:
-                assert found[start:end] in states, f"a write from {start:#x} on was torn"
-            self.content[start:end] = states[-1]
-        if key is not None:
-            self.snapshots[key].content = bytes(found)
-        await self._compare_whole()
-
-    async def _together_apply(self, rng: random.Random) -> None:
-        """Beside an apply, the last of each task's writes are in the new disk, and no others."""
-        key = self._choose(rng)
-        if key is None or len(self.snapshots[key].content) != len(self.content):
-            await self._apply(rng)
-            return
-        outcome: list[bool] = []
-
-        async def apply() -> None:
+        async def look(seed: int) -> None:
+            own = random.Random(seed)
+            key, kept = own.choice(old)
+            listed = {snapshot.id: snapshot for snapshot in self.node.snapshots()}
+            guest_offset, length = random_range(own, len(kept.content), self.shape.cluster_size)
+            buffer = bytearray(length)
             try:
-                await self.node.apply_snapshot(key)
-            except ImageFull:
-                assert self.shape.refcount_bits <= 8, "there was room for another reference"
-                outcome.append(False)
+                node = kept.node or await self.node.open_snapshot(listed[key])
+                await node.read_into(guest_offset, memoryview(buffer))
+            except (NotFound, KeyError):
+                gone.append(key)
             else:
-                outcome.append(True)
+                wanted = kept.content[guest_offset : guest_offset + length]
+                _require_equal(buffer, wanted, guest_offset, "a snapshot's read_into")
 
-        done = await self._write_beside(rng, apply)
+        async with trio.open_nursery() as nursery:
+            for _ in range(rng.randint(2, 6)):
+                nursery.start_soon(self._mingle, history, rng.getrandbits(32))
+            for _ in range(rng.randint(0, 3) if old else 0):
+                nursery.start_soon(look, rng.getrandbits(32))
+            if rng.random() < 0.5:
+                nursery.start_soon(self._mingle_snapshots, history, rng.getrandbits(32))
+        assert not set(gone) & set(self.snapshots), "a snapshot is missing that is there"
+        begin = history.tick()
         found = bytearray(len(self.content))
         await self.node.read_into(0, memoryview(found))
-        under = self.snapshots[key].content if outcome[0] else bytes(self.content)
-        for (start, end), changes in done.items():
-            firsts = range(len(changes) + 1) if outcome[0] else (0,)
-            states = [_changed(under[start:end], start, changes[first:]) for first in firsts]
-            assert found[start:end] in states, f"a write from {start:#x} on was torn or lost"
+        history.check(found, 0, begin)
         self.content[:] = found
         await self._compare_whole()
+
+    async def _mingle(self, history: "History", seed: int) -> None:
+        """Some steps of one task among several, each noted in the history."""
+        rng = random.Random(seed)
+        size, cluster_size = len(self.content), self.shape.cluster_size
+        for _ in range(rng.randint(1, 6)):
+            guest_offset, length = random_range(rng, size, cluster_size)
+            kind = rng.choice(
+                ("write", "write", "zero", "discard", "read", "read", "flush", "flush")
+            )
+            if kind == "flush":
+                await self.node.flush()
+            elif kind == "read":
+                begin = history.tick()
+                buffer = bytearray(length)
+                await self.node.read_into(guest_offset, memoryview(buffer))
+                history.check(buffer, guest_offset, begin)
+            elif kind == "discard":
+                end = guest_offset + length
+                first = (guest_offset + cluster_size - 1) & -cluster_size
+                last = end if end == size else end & -cluster_size
+                change = history.add(first, bytes(max(last - first, 0)), sure=False)
+                await self.node.discard(guest_offset, length)
+                change.end = history.tick()
+            else:
+                data = bytes(length) if kind == "zero" else rng.randbytes(length)
+                change = history.add(guest_offset, data)
+                if kind == "zero":
+                    await self.node.write_zeroes(guest_offset, length, unmap=rng.random() < 0.6)
+                elif rng.random() < 0.5 or not self.node.try_write(guest_offset, data):
+                    await self.node.write_from(guest_offset, data)
+                change.end = history.tick()
+
+    async def _mingle_snapshots(self, history: "History", seed: int) -> None:
+        """Snapshot operations beside other tasks; an apply is a write of the whole disk."""
+        rng = random.Random(seed)
+        for _ in range(rng.randint(1, 2)):
+            kind = rng.choice(("create", "delete", "apply"))
+            key = self._choose(rng)
+            if kind == "delete":
+                await self._delete(rng)
+            elif kind == "apply" and key is not None:
+                content = self.snapshots[key].content
+                # Tasks beside this one would not know the end of a shorter disk.
+                if len(content) == len(self.content):
+                    change = history.add(0, content)
+                    if not await self._apply_one(key):
+                        history.changes.remove(change)
+                    change.end = history.tick()
+            elif kind == "create" and not self._is_crowded():
+                begin = history.tick()
+                key = await self._create_named(self._new_name(rng), b"")
+                end = history.tick()
+                if key is not None:
+                    listed = {snapshot.id: snapshot for snapshot in self.node.snapshots()}
+                    node = await self.node.open_snapshot(listed[key])
+                    found = bytearray(node.virtual_size)
+                    await node.read_into(0, memoryview(found))
+                    history.check(found, 0, begin, end)
+                    self.snapshots[key].content = bytes(found)
 
     # QEMU's own changes
 
@@ -831,15 +954,6 @@ def _require_equal(
         pytest.fail(f"{call}: {len(different)} bytes differ from {first:#x} to {last:#x}")
 
 
-def _changed(content: bytes | bytearray, start: int, changes: Iterable[Change]) -> bytearray:
-    """The bytes from `start` on after some writes."""
-    result = bytearray(content)
-    for change in changes:
-        place = change.guest_offset - start
-        result[place : place + len(change.data)] = change.data
-    return result
-
-
 Ranged = Callable[[Model, int, int, random.Random], Awaitable[None]]
 Other = Callable[[Model, random.Random], Awaitable[None]]
 
@@ -859,8 +973,7 @@ _OTHERS: dict[str, Other] = {
     "look": Model._look,
     "refuse": Model._refuse,
     "together": Model._together,
-    "together_create": Model._together_create,
-    "together_apply": Model._together_apply,
+    "mingled": Model._mingled,
     "reopen": Model._reopen,
     "foreign": Model._foreign,
 }

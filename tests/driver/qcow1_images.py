@@ -1,5 +1,7 @@
 """Images of qcow version 1 in memory: empty ones laid out by the rules, and what a test opens."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -101,3 +103,25 @@ def make_node_of(
 def header_of(content: bytes | bytearray, **changes: object) -> Qcow1Header:
     """The header of an image's bytes, with other values."""
     return replace(parse_qcow1_header(bytes(content[:65536]), len(content)), **changes)  # type: ignore[arg-type]
+
+
+def compressed_image(empty: bytes, content: bytes) -> bytes:
+    """Every second cluster of `content` as a compressed one, streams side by side."""
+    header = header_of(empty)
+    result = bytearray(empty)
+    size = header.cluster_size
+    for index in range(0, -(-len(content) // size), 2):
+        l1_at = header.l1_table_offset + index // header.l2_entry_count * 8
+        table = struct.unpack_from(">Q", result, l1_at)[0]
+        if not table:
+            table = -(-len(result) // size) * size
+            result.extend(bytes(table - len(result) + header.l2_table_length))
+            struct.pack_into(">Q", result, l1_at, table)
+        cluster = content[index * size : (index + 1) * size].ljust(size, b"\0")
+        packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+        stream = packer.compress(cluster) + packer.flush()
+        if len(stream) < size:
+            entry = header.compressed_entry(len(result), len(stream))
+            struct.pack_into(">Q", result, table + index % header.l2_entry_count * 8, entry)
+            result.extend(stream)
+    return bytes(result)

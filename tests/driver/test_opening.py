@@ -20,6 +20,7 @@ from qcowfs.errors import (
     BadRequest,
     CorruptImage,
     ImageBusy,
+    KeyRequired,
     NotFound,
     QcowfsError,
     UnsupportedFeature,
@@ -208,13 +209,7 @@ async def test_an_encrypted_image_is_refused(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "a.qcow2")
     change_header(path, crypt_method=1)
     for read_only in (False, True):
-        assert "encrypted" in str(await refusal(UnsupportedFeature, path, read_only=read_only))
-
-
-async def test_an_external_data_file_is_refused(tmp_path: Path) -> None:
-    """The data file is not opened, since its contents could not be served."""
-    path = make_qcow2(tmp_path / "a.qcow2", "-o", f"data_file={tmp_path / 'a.data'}")
-    assert "data file" in str(await refusal(UnsupportedFeature, path, read_only=True))
+        assert "encrypted" in str(await refusal(KeyRequired, path, read_only=read_only))
 
 
 async def test_a_cut_off_image_is_not_written(tmp_path: Path) -> None:

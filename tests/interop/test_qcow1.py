@@ -44,8 +44,8 @@ def image_options(image: Path, key: Path | None) -> list[str]:
     """How QEMU's tools are told of an image, encrypted or not."""
     if key is None:
         return ["--image-opts", f"driver=qcow,file.filename={image}"]
-    return [*secret(key), "--image-opts",
-            f"driver=qcow,encrypt.format=aes,encrypt.key-secret=s,file.filename={image}"]  # fmt: skip
+    options = f"driver=qcow,encrypt.format=aes,encrypt.key-secret=s,file.filename={image}"
+    return [*secret(key), "--image-opts", options]
 
 
 def secret(key: Path) -> list[str]:
@@ -267,7 +267,7 @@ def test_two_writers_never_meet(tmp_path: Path) -> None:
         writer.stdin.flush()
         writer.stdout.readline()
         refused = tools.qcowfs("mount", image, folder, check=False)
-        assert 'Failed to get' in refused.stderr
+        assert "Failed to get" in refused.stderr
         writer.stdin.close()
         writer.stdout.read()
     with tools.mounted(image, "-r"):

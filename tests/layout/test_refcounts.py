@@ -165,3 +165,59 @@ def test_broken_refcount_table_entries_are_refused(entry: int) -> None:
     with pytest.raises(CorruptImage, match="refcount table entry 5") as caught:
         refcount_table_entry_offset(entry, 5, Geometry(16, 3, 0, False, 4))
     assert f"{entry:#018x}" in str(caught.value)
+
+
+def some_counts(choice: random.Random, order: int) -> tuple[RefcountBlock, list[int]]:
+    """A block of 256 counts, extremes among them."""
+    made = RefcountBlock(bytearray(256 << order >> 3), order)
+    top = made.maximum
+    model = [
+        min(top, choice.choice((0, 1, 1, 2, top - 1, top, choice.randint(0, top))))
+        for _ in range(256)
+    ]
+    for index, value in enumerate(model):
+        made.set(index, value)
+    return made, model
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", range(20))
+def test_questions_about_a_run(order: int, seed: int) -> None:
+    """What is 0, what is 1, what is full in a run: the same as one count after the other."""
+    choice = random.Random(seed)
+    made, model = some_counts(choice, order)
+    first = choice.randrange(256)
+    run = model[first : first + choice.randint(1, 256)]
+    count = len(run)
+    assert made.values(first, count) == run
+    assert made.find_zero(first, count) == (first + run.index(0) if 0 in run else -1)
+    full = first + run.index(made.maximum) if made.maximum in run else -1
+    assert made.find_maximum(first, count) == full
+    assert made.ones(first, count) == bytes(value == 1 for value in run)
+    zeros = [index for start, length in made.zero_runs(first, count)
+             for index in range(start, start + length)]  # fmt: skip
+    assert zeros == [index for index, value in enumerate(run, first) if value == 0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_run_is_shifted_alone(order: int, step: int) -> None:
+    """Every count of the run changes by one, its neighbours stay."""
+    made = RefcountBlock(bytearray(256 << order >> 3), order)
+    choice = random.Random(order)
+    low, high = (0, made.maximum - 1) if step > 0 else (1, made.maximum)
+    model = [choice.randint(low, high) for _ in range(256)]
+    for index, value in enumerate(model):
+        made.set(index, value)
+    made.shift_run(37, 150, step)
+    model[37:187] = [value + step for value in model[37:187]]
+    assert made.values(0, 256) == model
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_uniform_tells_equal_counts(order: int) -> None:
+    """The value that all share; None where they differ, or share bytes."""
+    made = RefcountBlock(bytearray(512), order)
+    made.fill(3, 20, 1)
+    assert made.uniform(3, 20) == (1 if order >= 3 else None)
+    assert made.uniform(3, 21) is None

@@ -192,17 +192,24 @@ def serialize_luks_header(header: LuksHeader) -> bytes:
             header.uuid.encode(),
         )
     ]
-    parts.extend(
-        _SLOT.pack(
-            _ACTIVE if slot.active else _INACTIVE,
-            slot.iterations,
-            slot.salt,
-            slot.material_sector,
-            slot.stripes,
-        )
-        for slot in header.slots
-    )
+    parts.extend(serialize_luks_slot(slot) for slot in header.slots)
     return b"".join(parts)
+
+
+def serialize_luks_slot(slot: KeySlot) -> bytes:
+    """The 48 bytes of a key slot; the first four say whether it is active."""
+    return _SLOT.pack(
+        _ACTIVE if slot.active else _INACTIVE,
+        slot.iterations,
+        slot.salt,
+        slot.material_sector,
+        slot.stripes,
+    )
+
+
+def slot_offset(index: int) -> int:
+    """Where key slot `index` begins, in bytes from the LUKS header; `SLOT_COUNT` gives its end."""
+    return _HEADER.size + index * _SLOT.size
 
 
 def empty_slots(key_length: int) -> tuple[KeySlot, ...]:

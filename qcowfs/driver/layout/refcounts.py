@@ -158,6 +158,14 @@ class RefcountBlock:
         """`count` refcounts from `first` on."""
         return [self.get(index) for index in range(first, first + count)]
 
+    def uniform(self, first: int, count: int) -> int | None:
+        """What each of `count` refcounts from `first` on is, None when they differ or may."""
+        width = self._width
+        found = self.buffer[first * width : (first + count) * width]
+        if not width or found != found[:width] * count:
+            return None
+        return int.from_bytes(found[:width], "big")
+
     def shift_run(self, first: int, count: int, step: int) -> None:
         """Add `step`, 1 or -1, to `count` refcounts from `first` on, none of which may wrap."""
         width = self._width

@@ -1,9 +1,9 @@
 """Making a new qcow2 image (qcow2 specification, "Header", "Refcounts").
 
 The whole layout is worked out before anything is opened: header, refcount
-table, active L1, refcount blocks, and with preallocation all L2 tables and then
-the data, each a contiguous run of clusters. Nothing here opens a backing file;
-its name is compared with the new image's alone.
+table, active L1, LUKS header, refcount blocks, and with preallocation all L2
+tables and then the data, each a contiguous run of clusters. Nothing here opens a
+backing file; its name is compared with the new image's alone.
 
 Invariants: a request that cannot be met leaves no trace. The header is written
 last, after a sync of all that it points to, so a file cut short by a crash is
@@ -11,11 +11,14 @@ no image. A file that was made here and could not be finished is removed.
 """
 
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import trio
 
+from qcowfs.driver.layout.extensions import EXTENSION_CRYPTO, Extension
 from qcowfs.driver.layout.geometry import (
     L1_ENTRY_LENGTH,
     MAX_BACKING_NAME_LENGTH,
@@ -30,18 +33,24 @@ from qcowfs.driver.layout.geometry import (
     SECTOR,
 )
 from qcowfs.driver.layout.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZLIB,
     COMPRESSION_ZSTD,
+    CRYPT_LUKS,
     INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,
     Header,
     serialize,
 )
+from qcowfs.driver.layout.mapping import ALL_ALLOCATED
 from qcowfs.driver.layout.refcounts import RefcountBlock
 from qcowfs.driver.locking import LockRole
+from qcowfs.driver.qcow2.new_data_file import new_data_file
+from qcowfs.driver.qcow2.new_luks import Encryption, make_luks_header
 from qcowfs.driver.storage import HostFile
 from qcowfs.errors import BadRequest
 
@@ -56,12 +65,13 @@ class _Layout:
 
     header: Header
     l1_clusters: int
+    crypto_offset: int
     refcount_block_offset: int
     refcount_block_count: int
     l2_table_offset: int
     l2_table_count: int
     data_offset: int
-    data_clusters: int
+    mapped_clusters: int
     end: int
 
     @property
@@ -83,13 +93,19 @@ async def create_qcow2(
     preallocation: str = "off",
     compression_type: str = "zlib",
     lazy_refcounts: bool = False,
+    encryption: Encryption | None = None,
+    data_file: str | bytes | None = None,
+    data_file_raw: bool = False,
 ) -> None:
     """Make an image of `size` bytes, rounded up to 512, in a new or emptied file at `path`.
 
     `backing_file` is the name to store. Preallocation `metadata` maps every
-    cluster, `falloc` also reserves the room, `full` writes zeros there. Raises
-    BadRequest for what the format does not allow, ImageFull when the backing
-    file name does not fit into the header cluster, ImageBusy, OSError.
+    cluster, `falloc` also reserves the room, `full` writes zeros there.
+    `data_file` is the name to store of an external data file, which is made, or
+    taken over if it holds a disk and `data_file_raw` says so. Raises BadRequest
+    for what the format does not allow, ImageFull when a name does not fit into
+    the header cluster, KeyRequired, AlreadyExists (the data file), ImageBusy,
+    OSError.
     """
     header = _requested_header(
         size,
@@ -101,13 +117,53 @@ async def create_qcow2(
         lazy_refcounts=lazy_refcounts,
     )
     header = _with_backing(header, backing_file, backing_format)
+    header = _with_data_file(header, data_file, data_file_raw)
+    if encryption is not None:
+        header = _with_encryption(header, encryption)
     _check_preallocation(header, preallocation)
-    layout = _lay_out(header, preallocated=preallocation != "off")
+    # A raw data file by itself is the disk, so every cluster shows it from the beginning.
+    preallocated = preallocation != "off" or data_file_raw
+    crypto_length = encryption.header_length if encryption is not None else 0
+    layout = _lay_out(header, preallocated=preallocated, crypto_length=crypto_length)
     header_cluster = serialize(layout.header)
     _check_not_own_backing(path, header.backing_file)
+    luks = await make_luks_header(encryption) if encryption is not None else []
+    async with _data_file_of(path, header, preallocation):
+        await _write_image(path, layout, preallocation, luks, header_cluster)
+
+
+@asynccontextmanager
+async def _data_file_of(
+    path: str | os.PathLike[str], header: Header, preallocation: str
+) -> AsyncIterator[None]:
+    """Around the making of an image: its data file, if it is to have one."""
+    if header.data_file is None:
+        yield
+        return
+    data_path = os.path.join(os.path.dirname(os.fspath(path)), os.fsdecode(header.data_file))
+    others = [os.fspath(path)]
+    if header.backing_file:
+        others.append(os.path.join(os.path.dirname(others[0]), os.fsdecode(header.backing_file)))
+    if os.path.realpath(data_path) in map(os.path.realpath, others):
+        raise BadRequest("the data file is the image itself, or its backing file")
+    async with new_data_file(
+        data_path, header.virtual_size, raw=header.data_file_raw, preallocation=preallocation
+    ):
+        yield
+
+
+async def _write_image(
+    path: str | os.PathLike[str],
+    layout: _Layout,
+    preallocation: str,
+    luks: list[tuple[int, bytes]],
+    header_cluster: bytes,
+) -> None:
     file = await HostFile.create(path, role=LockRole.QCOW2_WRITE)
     try:
         await _write_tables(file, layout, preallocation)
+        for offset, data in luks:
+            await file.pwrite([data], layout.crypto_offset + offset)
         await file.sync()
         await file.pwrite([header_cluster], 0)
         await file.sync()
@@ -191,6 +247,34 @@ def _with_backing(header: Header, name: str | bytes | None, backing_format: str 
     return replace(header, backing_file=stored, backing_format=backing_format or None)
 
 
+def _with_data_file(header: Header, name: str | bytes | None, raw: bool) -> Header:
+    stored = os.fsencode(name) if name else None
+    if stored is None:
+        if raw:
+            raise BadRequest("a raw data file without a data file")
+        return header
+    if header.version == 2:
+        raise BadRequest("an external data file: only in version 3 images")
+    if b":" in stored.split(b"/", 1)[0] or b"\0" in stored:
+        raise BadRequest("the data file's name would be taken for a protocol", hint="./NAME")
+    if raw and header.backing_file:
+        raise BadRequest("a raw data file and a backing file exclude each other")
+    return replace(
+        header,
+        data_file=stored,
+        incompatible=header.incompatible | INCOMPATIBLE_DATA_FILE,
+        autoclear=header.autoclear | (AUTOCLEAR_DATA_FILE_RAW if raw else 0),
+    )
+
+
+def _with_encryption(header: Header, encryption: Encryption) -> Header:
+    """The same header, encrypted; its crypto extension has no offset yet."""
+    encryption.check()
+    if header.data_file_raw:
+        raise BadRequest("a raw data file cannot be encrypted: it would not be the disk")
+    return replace(header, crypt_method=CRYPT_LUKS)
+
+
 def _check_not_own_backing(path: str | os.PathLike[str], backing_file: bytes | None) -> None:
     """Refuse to empty the file that the new image is to show."""
     if not backing_file:
@@ -214,9 +298,12 @@ def _check_preallocation(header: Header, preallocation: str) -> None:
     # clusters would hide it behind zeros.
     if preallocation != "off" and header.backing_file and not header.extended_l2:
         raise BadRequest("preallocation over a backing file needs extended L2 entries")
+    # What was never written would be decrypted into noise.
+    if preallocation != "off" and header.crypt_method == CRYPT_LUKS and not header.extended_l2:
+        raise BadRequest("preallocation of an encrypted image needs extended L2 entries")
 
 
-def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
+def _lay_out(header: Header, *, preallocated: bool, crypto_length: int = 0) -> _Layout:
     """Place the tables, with refcount blocks that describe everything, themselves included."""
     geometry = header.geometry()
     cluster_bits = header.cluster_bits
@@ -228,8 +315,10 @@ def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
         )
     l1_clusters = geometry.cluster_count(l1_size * L1_ENTRY_LENGTH)
     l2_tables = l1_size if preallocated else 0
-    data_clusters = geometry.cluster_count(header.virtual_size) if preallocated else 0
-    described = 1 + l1_clusters + l2_tables + data_clusters
+    mapped_clusters = geometry.cluster_count(header.virtual_size) if preallocated else 0
+    data_clusters = 0 if header.has_data_file else mapped_clusters
+    crypto_clusters = geometry.cluster_count(crypto_length)
+    described = 1 + l1_clusters + crypto_clusters + l2_tables + data_clusters
     blocks = table_clusters = 1
     while True:
         total = described + blocks + table_clusters
@@ -249,11 +338,17 @@ def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
         )
     table_offset = 1 << cluster_bits
     l1_offset = table_offset + (table_clusters << cluster_bits)
-    block_offset = l1_offset + (l1_clusters << cluster_bits)
+    crypto_offset = l1_offset + (l1_clusters << cluster_bits)
+    block_offset = crypto_offset + (crypto_clusters << cluster_bits)
     l2_offset = block_offset + (blocks << cluster_bits)
     data_offset = l2_offset + (l2_tables << cluster_bits)
+    extensions = header.extensions
+    if crypto_length:
+        place = struct.pack(">QQ", crypto_offset, crypto_length)
+        extensions = (*extensions, Extension(EXTENSION_CRYPTO, place))
     placed = replace(
         header,
+        extensions=extensions,
         l1_size=l1_size,
         l1_table_offset=l1_offset if l1_size else 0,
         refcount_table_offset=table_offset,
@@ -262,12 +357,13 @@ def _lay_out(header: Header, *, preallocated: bool) -> _Layout:
     return _Layout(
         header=placed,
         l1_clusters=l1_clusters,
+        crypto_offset=crypto_offset,
         refcount_block_offset=block_offset,
         refcount_block_count=blocks,
         l2_table_offset=l2_offset,
         l2_table_count=l2_tables,
-        data_offset=data_offset,
-        data_clusters=data_clusters,
+        data_offset=0 if header.has_data_file else data_offset,
+        mapped_clusters=mapped_clusters,
         end=total << cluster_bits,
     )
 
@@ -292,7 +388,7 @@ async def _write_tables(file: HostFile, layout: _Layout, preallocation: str) -> 
         for host_offset, data in pieces:
             await file.pwrite([data], host_offset)
             await trio.lowlevel.checkpoint()
-    if preallocation == "full":
+    if preallocation == "full" and not header.has_data_file:
         await _write_zero_data(file, layout)
 
 
@@ -339,21 +435,25 @@ def _refcount_blocks(layout: _Layout) -> Iterator[tuple[int, bytes]]:
 
 
 def _l2_tables(layout: _Layout) -> Iterator[tuple[int, bytes]]:
-    """Entries for all data clusters; with extended L2 entries no subcluster is allocated yet."""
+    """Entries for all mapped clusters; with extended L2 entries no subcluster is allocated yet.
+
+    But for a raw data file, whose bytes are the disk's already.
+    """
     header = layout.header
     start = layout.data_offset
-    for index, data in _entries(start, layout.data_clusters, header.cluster_size, OFLAG_COPIED):
+    for index, data in _entries(start, layout.mapped_clusters, header.cluster_size, OFLAG_COPIED):
         if header.extended_l2:
-            yield layout.l2_table_offset + index * 16, _with_empty_bitmaps(data)
+            bitmap = ALL_ALLOCATED if header.data_file_raw else 0
+            yield layout.l2_table_offset + index * 16, _with_bitmaps(data, bitmap)
         else:
             yield layout.l2_table_offset + index * 8, data
 
 
-def _with_empty_bitmaps(entries: bytes) -> bytes:
+def _with_bitmaps(entries: bytes, bitmap: int) -> bytes:
     import numpy as np
 
-    pairs = np.zeros((len(entries) // 8, 2), dtype=np.uint64)
-    pairs[:, 0] = np.frombuffer(entries, dtype=np.uint64)
+    pairs = np.full((len(entries) // 8, 2), bitmap, dtype=">u8")
+    pairs[:, 0] = np.frombuffer(entries, dtype=">u8")
     return pairs.tobytes()
 
 

@@ -128,6 +128,8 @@ def _stored_buffer(skipped: int, part: memoryview) -> memoryview:
 class EncryptedWriter(Writer):
     """Writes to the active disk of an encrypted image."""
 
+    is_encrypted = True
+
     __slots__ = ("_ciphering", "_ranges")
 
     def __init__(self, metadata: Metadata, reader: Reader, ciphering: Ciphering) -> None:

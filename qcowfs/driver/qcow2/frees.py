@@ -164,6 +164,49 @@ class Frees:
         if punched:
             await self._punch(punched)
 
+    async def lower_run(
+        self, first_index: int, count: int, *, structure: str | None = None
+    ) -> None:
+        """Take a reference off each cluster of a run at once, with no commit to wait for.
+
+        For references whose removal is durable and which no request can know
+        any more; lock held. Raises CorruptImage (after failsafe), OSError.
+        """
+        per_block = self._geometry.refcounts_per_block
+        while count:
+            index, place = divmod(first_index, per_block)
+            part = min(count, per_block - place)
+            if not self._refcounts.block_offset(index):
+                self._report(self._refcounts.without_block(first_index))
+            block = self._refcounts.block_now(index) or await self._refcounts.block(index)
+            for free_place, free_count in self._refcounts.lower_run(block, place, part):
+                self._set_free(index, free_place, free_count, structure)
+            await self._refcounts.relieve()
+            first_index += part
+            count -= part
+
+    async def lower_many(
+        self, cluster_indexes: "NDArray[np.uint64]", amounts: "NDArray[np.uint64]"
+    ) -> None:
+        """As `lower_run`, for so many references to each of many clusters of guest data.
+
+        `cluster_indexes` sorted and unique, `amounts` beside them.
+        """
+        import numpy as np
+
+        per_block = self._geometry.refcounts_per_block
+        bits = self._geometry.cluster_bits
+        cached = np.array(self._tables.cached_tables(), dtype=np.int64) >> bits
+        for index, places in await self._refcounts.lower_many(cluster_indexes, amounts):
+            freed = places + index * per_block
+            owned = self._protected.first_owned_among(freed.astype(np.uint64))
+            if owned is not None:
+                self._report_owned(owned)
+            for cluster_index in cached[np.isin(cached, freed)].tolist():
+                self._tables.forget_run(cluster_index << bits, 1)
+            self._counters.frees += len(places)
+            self._on_free(index, int(places[0]), int(places[-1] - places[0]) + 1)
+
     # Inner parts
 
     async def _lower_some(self, batch: list[Dropped], punched: list[tuple[int, int]]) -> None:

@@ -17,13 +17,17 @@ May not: decide what is free, know L1 or L2 entries. Invariants:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qcowfs.driver.layout.geometry import Geometry
 from qcowfs.driver.node import Buffer
 from qcowfs.driver.qcow2.counters import Counters
 from qcowfs.driver.storage import Storage
 from qcowfs.errors import CorruptImage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 HEADER = "header"
 L1_TABLE = "active L1 table"
@@ -68,14 +72,37 @@ class ProtectedMap:
     def first_owned(self, first_index: int, count: int) -> int | None:
         """The first protected cluster index of a run, or None."""
         owners = self._owners
-        for cluster_index in range(first_index, first_index + count):
-            if cluster_index in owners:
-                return cluster_index
+        run = range(first_index, first_index + count)
+        if count <= len(owners):
+            for cluster_index in run:
+                if cluster_index in owners:
+                    return cluster_index
+        else:
+            found = min((each for each in owners if each in run), default=None)
+            if found is not None:
+                return found
         if self._bulk is not None:
-            for cluster_index in range(first_index, first_index + count):
+            for cluster_index in run:
                 if self._in_bulk(cluster_index):
                     return cluster_index
         return None
+
+    def first_owned_among(self, cluster_indexes: "NDArray[np.uint64]") -> int | None:
+        """The first protected one of many cluster indexes, sorted, or None."""
+        import numpy as np
+
+        if not len(cluster_indexes):
+            return None
+        owned = np.fromiter(self._owners, dtype=np.uint64, count=len(self._owners))
+        if self._bulk is not None:
+            released = np.fromiter(
+                self._bulk_released, dtype=np.uint64, count=len(self._bulk_released)
+            )
+            owned = np.concatenate((owned, np.setdiff1d(self._bulk, released)))
+        places = np.searchsorted(cluster_indexes, owned)
+        places[places == len(cluster_indexes)] = 0
+        hits = owned[cluster_indexes[places] == owned]
+        return int(hits.min()) if len(hits) else None
 
     def is_sole_owner(self, structure: str, host_offset: int, length: int) -> bool:
         """Whether all clusters of a range belong to a structure, and were claimed once only."""

@@ -23,12 +23,14 @@ import trio
 from qcowfs.driver.extent import Extent
 from qcowfs.driver.layout.extensions import printable
 from qcowfs.driver.layout.header import (
+    CRYPT_LUKS,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     Header,
     parse_header,
     probe_cluster_size,
 )
+from qcowfs.driver.layout.luks import LuksHeader
 from qcowfs.driver.layout.snapshot_table import Snapshot
 from qcowfs.driver.node import Buffer, Node
 from qcowfs.driver.qcow2 import resize
@@ -39,19 +41,14 @@ from qcowfs.driver.qcow2.inflating import Inflater
 from qcowfs.driver.qcow2.l1 import L1View
 from qcowfs.driver.qcow2.metadata import DEFAULT_CACHE_SIZE, Metadata
 from qcowfs.driver.qcow2.reading import Reader
+from qcowfs.driver.qcow2.sealed import SealedReader, SealedWriter
 from qcowfs.driver.qcow2.snapshots import Snapshots
-from qcowfs.driver.qcow2.truncation import require_whole_file
-from qcowfs.driver.qcow2.unlocking import open_cipher
+from qcowfs.driver.qcow2.truncation import require_whole_data_file, require_whole_file
+from qcowfs.driver.qcow2.unlocking import open_cipher, read_luks_header
 from qcowfs.driver.qcow2.writing import Writer
 from qcowfs.driver.qcow2.zeroing import Zeroer
 from qcowfs.driver.storage import Storage
-from qcowfs.errors import (
-    CorruptImage,
-    NotFound,
-    QcowfsError,
-    ReadOnlyImage,
-    UnsupportedFeature,
-)
+from qcowfs.errors import BadRequest, CorruptImage, NotFound, QcowfsError, ReadOnlyImage
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +138,8 @@ class SnapshotNode:
 class Qcow2Node:
     """The active disk of a qcow2 image; made by `open_qcow2`.
 
-    It owns `storage` and its backing node, and closes both.
+    It owns `storage`, the data file and its backing node, and closes them all.
+    `luks` is the LUKS header of an image that has one and whose is sound.
     """
 
     format_name = "qcow2"
@@ -152,9 +150,13 @@ class Qcow2Node:
         path: str,
         backing: Node | None,
         ciphering: Ciphering | None = None,
+        *,
+        sealed: bool = False,
     ) -> None:
         header = metadata.header
+        self.luks: LuksHeader | None = None
         self._ciphering = ciphering
+        self._sealed = sealed
         self.name = path
         self.cluster_size = header.cluster_size
         self.backing = backing
@@ -166,11 +168,7 @@ class Qcow2Node:
             cluster_size=header.cluster_size,
         )
         self.reader = self._reader_of(metadata.active)
-        self._writer = (
-            Writer(metadata, self.reader)
-            if ciphering is None
-            else EncryptedWriter(metadata, self.reader, ciphering)
-        )
+        self._writer = self._make_writer()
         self._zeroer = Zeroer(metadata, self.reader, self._writer, backing)
         self._snapshots = Snapshots(metadata, self._vanishing)
         # Nodes that are in use, by `_key`.
@@ -182,11 +180,16 @@ class Qcow2Node:
     def _reader_of(self, view: L1View) -> Reader:
         backing = self.backing
         backing_reader = backing.reader if isinstance(backing, Qcow2Node | SnapshotNode) else None
+        parts = (self.metadata, view, self._inflater, backing, backing_reader)
         if self._ciphering is not None:
-            return EncryptedReader(
-                self.metadata, view, self._inflater, backing, backing_reader, self._ciphering
-            )
-        return Reader(self.metadata, view, self._inflater, backing, backing_reader)
+            return EncryptedReader(*parts, self._ciphering)
+        return SealedReader(*parts) if self._sealed else Reader(*parts)
+
+    def _make_writer(self) -> Writer:
+        if self._ciphering is not None:
+            return EncryptedWriter(self.metadata, self.reader, self._ciphering)
+        make = SealedWriter if self._sealed else Writer
+        return make(self.metadata, self.reader)
 
     @property
     def virtual_size(self) -> int:
@@ -250,7 +253,10 @@ class Qcow2Node:
     async def grow(self, virtual_size: int) -> None:
         """Make the disk larger; what is behind its old end reads as zeros. See `resize.grow`."""
         await self._snapshots.keep_sizes()
+        old_size = self.virtual_size
         await resize.grow(self.metadata, virtual_size, self._hide)
+        if self.metadata.geometry.data_file_raw and not self._writer.is_encrypted:
+            await resize.map_data_file(self.metadata, old_size, self.virtual_size)
 
     async def _hide(self, old_size: int, new_size: int) -> None:
         """Zero what a growing disk would show: its last cluster's rest, a longer backing file."""
@@ -306,7 +312,10 @@ class Qcow2Node:
                 await self.metadata.finish()
             finally:
                 try:
-                    await self.metadata.storage.aclose()
+                    try:
+                        await self.metadata.data_storage.aclose()
+                    finally:
+                        await self.metadata.storage.aclose()
                 finally:
                     if self.backing is not None:
                         await self.backing.aclose()
@@ -393,6 +402,7 @@ class Qcow2Node:
             self._snapshots.entries,
             filename=self.name,
             actual_size=metadata.storage.allocated_bytes(),
+            luks=self.luks,
         )
 
     def statistics(self) -> dict[str, int]:
@@ -420,14 +430,18 @@ async def open_qcow2(
     backing: Node | None,
     cache_size: int = DEFAULT_CACHE_SIZE,
     secret: bytes | None = None,
+    data_storage: Storage | None = None,
+    describe_only: bool = False,
 ) -> Qcow2Node:
-    """The node of the qcow2 image in `storage`; it owns `storage` and `backing` on success.
+    """The node of the qcow2 image in `storage`; it owns what it is given on success.
 
     `cache_size` in bytes bounds the image's tables in memory, `secret` is the
-    passphrase of an encrypted image. Raises BadRequest (not a qcow2 image),
-    UnsupportedFeature (an external data file, an unknown feature), KeyRequired,
-    CorruptImage (a broken header; and when the image is to be written: marked
-    corrupt or dirty, or cut off), OSError.
+    passphrase of an encrypted image, `data_storage` the external data file of
+    an image that has one. With `describe_only` neither is needed, and guest
+    data can be neither read nor written. Raises BadRequest (not a qcow2 image),
+    UnsupportedFeature (an unknown feature), KeyRequired, CorruptImage (a broken
+    header; and when the image is to be written: marked corrupt or dirty, or cut
+    off), OSError.
     """
     size = storage.size()
     head = await storage.pread(min(size, _HEAD_LENGTH), 0)
@@ -436,11 +450,32 @@ async def open_qcow2(
         head = await storage.pread(min(size, cluster_size), 0)
     header = parse_header(head, size)
     _check_usable(header, writable=not read_only)
-    ciphering = await open_cipher(storage, header, secret)
-    metadata = await Metadata.open(storage, header, read_only=read_only, cache_size=cache_size)
+    luks = None
+    if header.crypt_method == CRYPT_LUKS:
+        try:
+            luks = await read_luks_header(storage, header)
+        except QcowfsError as error:
+            if not describe_only:
+                raise
+            logger.warning("%s: %s", path, error)
+    ciphering = None
+    if not describe_only:
+        ciphering = await open_cipher(storage, header, luks, secret)
+        if header.has_data_file and data_storage is None:
+            raise BadRequest("the image needs its data file", structure="header")
+    metadata = await Metadata.open(
+        storage,
+        header,
+        read_only=read_only,
+        cache_size=cache_size,
+        data_storage=data_storage,
+    )
     if not read_only:
         await require_whole_file(metadata)
-    node = Qcow2Node(metadata, path, backing, ciphering)
+    if data_storage is not None:
+        await require_whole_data_file(metadata, writable=not read_only)
+    node = Qcow2Node(metadata, path, backing, ciphering, sealed=describe_only)
+    node.luks = luks
     try:
         await node.load_snapshots()
     except CorruptImage as error:
@@ -453,12 +488,6 @@ async def open_qcow2(
 
 def _check_usable(header: Header, *, writable: bool) -> None:
     """Refuse what cannot be served, or not for writing."""
-    if header.has_data_file:
-        raise UnsupportedFeature(
-            "the image keeps its data in an external data file",
-            structure="header",
-            hint="qemu-img convert makes a copy that holds it itself",
-        )
     marks = []
     if header.incompatible & INCOMPATIBLE_CORRUPT:
         marks.append("corrupt")

@@ -6,9 +6,10 @@ to come along, and the entries that show the result. It decides; it does no
 I/O, and tables change through the metadata's own calls alone. Invariants:
 
 - A plan lies in one slice and is linked by one change of it.
-- A cluster keeps its host cluster when that is the disk's own (COPIED); then
-  only subclusters that were not allocated are filled around the data, since a
-  crash may show the old entry over the new bytes.
+- A cluster keeps its host cluster when that is the disk's own (COPIED), and has
+  no other than its guest offset in an external data file; then only subclusters
+  that were not allocated are filled around the data, since a crash may show the
+  old entry over the new bytes.
 - The references of replaced entries are queued for removal after the change,
   never before.
 """
@@ -71,6 +72,7 @@ def plan_write(
     count = 1
     step = geometry.words_per_entry
     if not any(words[first_index * step : (first_index + wanted_count) * step]):
+        # None of them has a place yet, or all have theirs in the data file.
         count = wanted_count
     while count < wanted_count:
         own = _own_host_offset(
@@ -105,8 +107,10 @@ def _own_host_offset(
     entry = words[index * geometry.words_per_entry]
     bitmap = words[2 * index + 1] if geometry.extended_l2 else 0
     if not entry and not bitmap:
-        return None
+        return guest_offset if geometry.has_data_file else None
     check_entry(entry, bitmap, guest_offset, geometry)
+    if geometry.has_data_file:
+        return guest_offset
     if not entry & OFLAG_COPIED or entry & OFLAG_COMPRESSED:
         return None
     return entry & OFFSET_MASK or None
@@ -114,6 +118,8 @@ def _own_host_offset(
 
 def _needs_link(words: "array[int]", index: int, geometry: Geometry) -> bool:
     """Whether an entry with a host cluster of its own does not yet show all of it."""
+    if geometry.has_data_file and not words[index * geometry.words_per_entry] & OFLAG_COPIED:
+        return True
     if geometry.extended_l2:
         return words[2 * index + 1] & ALL_ALLOCATED != ALL_ALLOCATED
     return bool(words[index] & OFLAG_ZERO)

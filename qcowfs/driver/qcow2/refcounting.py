@@ -201,8 +201,10 @@ class RefcountCache:
         0, which nothing in use has; with nothing changed.
         """
         counts = block.counts
-        value = counts.get(place)
-        if not 0 < value < counts.maximum or not self._shift_alike(block, place, count, value, 1):
+        value = counts.uniform(place, count)
+        if value is not None and 0 < value < counts.maximum:
+            counts.fill(place, count, value + 1)
+        else:
             unused = counts.find_zero(place, count)
             if unused >= 0:
                 raise self._unused(block, unused)
@@ -219,8 +221,9 @@ class RefcountCache:
         with nothing changed.
         """
         counts = block.counts
-        value = counts.get(place)
-        if value and self._shift_alike(block, place, count, value, -1):
+        value = counts.uniform(place, count)
+        if value:
+            counts.fill(place, count, value - 1)
             freed = [(place, count)] if value == 1 else []
         else:
             unused = counts.find_zero(place, count)
@@ -230,17 +233,6 @@ class RefcountCache:
             freed = counts.zero_runs(place, count)
         self._mark_counts(block, place, count)
         return freed
-
-    def _shift_alike(
-        self, block: CachedBlock, place: int, count: int, value: int, step: int
-    ) -> bool:
-        """Add `step` to a run of counts when all of them are `value`, of whole bytes; or False."""
-        width = self._geometry.refcount_bits >> 3
-        part = slice(place * width, (place + count) * width)
-        if not width or block.data[part] != value.to_bytes(width, "big") * count:
-            return False
-        block.data[part] = (value + step).to_bytes(width, "big") * count
-        return True
 
     def _report_below(self, block: CachedBlock, place: int) -> NoReturn:
         cluster_index = block.index * self._geometry.refcounts_per_block + place
@@ -312,17 +304,17 @@ class RefcountCache:
 
     async def lower_many(
         self, cluster_indexes: "NDArray[np.uint64]", subtrahends: "NDArray[np.uint64]"
-    ) -> list[tuple[int, int, int]]:
+    ) -> "list[tuple[int, NDArray[np.int64]]]":
         """Take from the refcounts of many clusters at once; the caller holds the lock.
 
         `cluster_indexes` sorted and unique, `subtrahends` beside them. Answers
-        the runs (block index, place, count) that became 0. Raises CorruptImage,
+        (block index, sorted places whose count became 0). Raises CorruptImage,
         through `report`, for a count that would fall below 0. Dirty blocks
         beyond the budget are written on the way.
         """
         import numpy as np
 
-        freed: list[tuple[int, int, int]] = []
+        freed: list[tuple[int, NDArray[np.int64]]] = []
         for index, start, end, places in self._by_block(cluster_indexes):
             if not self.block_offset(index):
                 self._report(self.without_block(int(cluster_indexes[start])))
@@ -334,9 +326,8 @@ class RefcountCache:
             values[places] -= subtrahends[start:end]
             self._replace_counts(block, values, places)
             zeros = places[values[places] == 0]
-            for run in np.split(zeros, np.flatnonzero(np.diff(zeros) != 1) + 1):
-                if len(run):
-                    freed.append((index, int(run[0]), len(run)))
+            if len(zeros):
+                freed.append((index, zeros))
             await self.relieve()
             await trio.lowlevel.checkpoint()
         return freed

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Awaitable, Callable
 
 from qcowfs.driver.layout.geometry import MAX_L1_LENGTH, SECTOR
+from qcowfs.driver.layout.mapping import ALL_ALLOCATED, data_entry
 from qcowfs.driver.qcow2 import references
 from qcowfs.driver.qcow2.l1 import L1View
 from qcowfs.driver.qcow2.metadata import Metadata
@@ -40,9 +41,42 @@ async def grow(
             if virtual_size == old_size:
                 return
             await _cover(metadata, virtual_size)
+        if metadata.geometry.has_data_file and metadata.data_storage.size() < virtual_size:
+            await metadata.data_storage.truncate(virtual_size)
         await hide(old_size, virtual_size)
         async with metadata.lock:
             await metadata.set_virtual_size(virtual_size)
+
+
+async def map_data_file(metadata: Metadata, start: int, end: int) -> None:
+    """Let [start, end) show the raw data file, which reads as zeros there; durable on return.
+
+    So that a change of that file by itself is seen, as everywhere before
+    `start`. Takes the lock slice by slice. Raises ReadOnlyImage, ImageFull,
+    OSError.
+    """
+    geometry = metadata.geometry
+    step = geometry.words_per_entry
+    coverage = metadata.tables.slice_entry_count << geometry.cluster_bits
+    start = geometry.round_down(start)
+    while start < end:
+        stop = min(geometry.round_up(end), (start | coverage - 1) + 1)
+        if not await metadata.requests.wait_overlapping(start, stop - start):
+            async with metadata.lock:
+                if metadata.requests.overlapping(start, stop - start) is None:
+                    piece = await metadata.writable_slice(start)
+                    index = start >> geometry.cluster_bits & metadata.tables.slice_entry_count - 1
+                    count = stop - start >> geometry.cluster_bits
+                    words = piece.words[index * step : (index + count) * step]
+                    for number in range(count):
+                        if not words[number * step]:
+                            place = start + (number << geometry.cluster_bits)
+                            words[number * step] = data_entry(place)
+                            if geometry.extended_l2:
+                                words[2 * number + 1] = ALL_ALLOCATED
+                    metadata.set_entries(piece, index, words)
+                    start = stop
+    await metadata.flush()
 
 
 def _check_size(metadata: Metadata, virtual_size: int) -> None:
@@ -75,4 +109,4 @@ async def _cover(metadata: Metadata, virtual_size: int) -> None:
     if any(stale):
         hidden = array("Q", bytes(8 * first)) + stale
         view = L1View(hidden, metadata.active.table_offset, geometry, writable=False)
-        await references.drop_all(metadata, view, "what lay behind the end of the disk")
+        await references.lower_all(metadata, view, "what lay behind the end of the disk")

@@ -114,12 +114,11 @@ class Snapshots:
         ImageFull where a count or a table cannot grow, UnsupportedFeature with
         an external data file, CorruptImage, ReadOnlyImage, OSError.
         """
-        self._check_name(name)
-        self._check_possible()
-        if len(self.entries) >= MAX_SNAPSHOT_COUNT:
-            raise ImageFull(f"an image holds at most {MAX_SNAPSHOT_COUNT} snapshots")
+        self._check_new(name)
         metadata = self._metadata
         async with self._alone():
+            # Another one may have been taken meanwhile.
+            self._check_new(name)
             await references.raise_all(metadata, metadata.active)
             snapshot: Snapshot | None = None
             try:
@@ -148,7 +147,7 @@ class Snapshots:
                 await self._publish(rest)
             self._flags_due = True
             if view is not None:
-                await references.drop_all(metadata, view, f"snapshot {snapshot.id!r}")
+                await references.lower_all(metadata, view, f"snapshot {snapshot.id!r}")
                 self._drop_l1(snapshot)
             await self._settle_and_recompute()
 
@@ -185,7 +184,7 @@ class Snapshots:
                 await self._take_back(view, recompute=False)
                 raise
             self._flags_due = True
-            await references.drop_all(metadata, old, "the active disk")
+            await references.lower_all(metadata, old, "the active disk")
             await self._settle_and_recompute()
 
     async def rename(self, reference: bytes, name: bytes) -> Snapshot:
@@ -244,11 +243,14 @@ class Snapshots:
                 tuple(replace(entry, disk_size=self._size_of(entry)) for entry in self.entries)
             )
 
-    def _check_possible(self) -> None:
+    def _check_new(self, name: bytes) -> None:
+        self._check_name(name)
         if self._metadata.geometry.has_data_file:
             raise UnsupportedFeature(
                 "an image with an external data file cannot have internal snapshots"
             )
+        if len(self.entries) >= MAX_SNAPSHOT_COUNT:
+            raise ImageFull(f"an image holds at most {MAX_SNAPSHOT_COUNT} snapshots")
 
     def _check_name(self, name: bytes) -> None:
         if not name:
@@ -276,7 +278,7 @@ class Snapshots:
 
     def _shared_l1(self, snapshot: Snapshot) -> CorruptImage:
         return CorruptImage(
-            f"the L1 table of snapshot {ascii(snapshot.id.decode('utf-8', 'backslashreplace'))} "
+            f"the L1 table of snapshot {snapshot.id.decode('utf-8', 'backslashreplace')!a} "
             f"at {snapshot.l1_table_offset:#x} serves something else too",
             structure="snapshot",
             host_offset=snapshot.l1_table_offset,

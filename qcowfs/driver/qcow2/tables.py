@@ -168,6 +168,10 @@ class TableCache:
         for host_offset in [start for start in self.slices if start not in self.dirty]:
             self._remove(host_offset)
 
+    def cached_tables(self) -> list[int]:
+        """The host offsets of the L2 tables of which a slice is in memory."""
+        return list(self._slices_by_table)
+
     async def read_table(self, table_offset: int) -> "array[int]":
         """All words of one L2 table in native order, changes not yet written included."""
         words = load_words(await self._storage.pread(self._cluster_mask + 1, table_offset))

@@ -10,10 +10,14 @@ then be lost among valid changes. May not: write, repair. Invariants:
   of the file, so that a sound image costs one refcount block.
 """
 
-from qcowfs.driver.layout.geometry import OFFSET_MASK
-from qcowfs.driver.layout.mapping import OFLAG_COMPRESSED
+import logging
+
+from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED
+from qcowfs.driver.layout.mapping import ALL_ALLOCATED, OFLAG_COMPRESSED, OFLAG_ZERO
 from qcowfs.driver.qcow2.metadata import Metadata
 from qcowfs.errors import CorruptImage
+
+logger = logging.getLogger(__name__)
 
 
 async def require_whole_file(metadata: Metadata) -> None:
@@ -67,6 +71,50 @@ async def _require_data(metadata: Metadata, file_size: int) -> None:
                 f"cluster of guest offset {guest_offset:#x}",
                 None,
             )
+
+
+async def require_whole_data_file(metadata: Metadata, *, writable: bool) -> None:
+    """See that the external data file holds all that the active disk keeps there.
+
+    Raises CorruptImage when it does not and is to be written; else logs a
+    warning, since what is missing reads as zeros. Raises OSError of the host.
+    """
+    size = metadata.data_storage.size()
+    needed = metadata.geometry.virtual_size
+    if size >= needed:
+        return
+    if not metadata.geometry.data_file_raw:
+        needed = min(needed, await _data_end(metadata))
+        if size >= needed:
+            return
+    cause = (
+        f"the data file ends at {size:#x}, but guest data reaches to {needed:#x}: "
+        "it has been cut off, or is another file"
+    )
+    if writable:
+        raise CorruptImage(
+            f"{cause}, so the image can be read only", structure="data file", host_offset=size
+        )
+    logger.warning("%s: %s; what is missing reads as zeros", metadata.name, cause)
+
+
+async def _data_end(metadata: Metadata) -> int:
+    """Where the last cluster of the active disk ends that lies in the data file."""
+    import numpy as np
+
+    geometry = metadata.geometry
+    for l1_index, table_offset in reversed(metadata.table_offsets(metadata.active)):
+        words = await metadata.tables.read_table(table_offset)
+        entries = np.frombuffer(words, dtype=np.uint64)
+        if geometry.extended_l2:
+            shown = entries[1::2] & np.uint64(ALL_ALLOCATED) != 0
+        else:
+            shown = entries & np.uint64(OFLAG_COPIED | OFLAG_ZERO) == np.uint64(OFLAG_COPIED)
+        found = np.flatnonzero(shown)
+        if len(found):
+            end = int(found[-1]) + 1 << geometry.cluster_bits
+            return (l1_index << geometry.l2_coverage_bits) + end
+    return 0
 
 
 def _require(end: int, file_size: int, structure: str, index: int | None) -> None:

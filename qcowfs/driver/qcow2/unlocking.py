@@ -76,22 +76,23 @@ async def unlock_master_key(luks: LuksHeader, materials: dict[int, bytes], secre
     return key
 
 
-async def open_cipher(storage: Storage, header: Header, secret: bytes | None) -> Ciphering | None:
-    """The cipher of an image; None for one that is not encrypted.
+async def open_cipher(
+    storage: Storage, header: Header, luks: LuksHeader | None, secret: bytes | None
+) -> Ciphering | None:
+    """The cipher of an image, whose LUKS header has been read; None where nothing is encrypted.
 
     Raises KeyRequired when `secret` is missing or wrong (the old AES method
-    cannot tell a wrong one), UnsupportedFeature, CorruptImage, OSError.
+    cannot tell a wrong one), UnsupportedFeature, OSError.
     """
     if header.crypt_method not in (CRYPT_AES, CRYPT_LUKS):
         return None
-    if header.crypt_method == CRYPT_LUKS:
-        luks = await read_luks_header(storage, header)
-    if secret is None:
+    if not secret:
         raise KeyRequired("the image is encrypted", hint="--key-file FILE")
     from qcowfs.driver.transform.cipher import CbcCipher, make_cipher
 
-    if header.crypt_method == CRYPT_AES:
+    if luks is None:
         key = secret[:_AES_KEY_LENGTH].ljust(_AES_KEY_LENGTH, b"\0")
         return Ciphering(CbcCipher(key), by_guest_offset=True)
     master = await unlock_master_key(luks, await read_materials(storage, header, luks), secret)
-    return Ciphering(make_cipher(luks.cipher_name, luks.cipher_mode, master), by_guest_offset=False)
+    cipher = make_cipher(luks.cipher_name, luks.cipher_mode, master)
+    return Ciphering(cipher, by_guest_offset=False)

@@ -48,6 +48,9 @@ _NO_EDGE = Edge(0, None)
 class Writer:
     """Writes to the active disk of an image; `reader` is that disk's reader."""
 
+    # Whether zero bytes of the guest are anything but zero bytes of the host.
+    is_encrypted = False
+
     __slots__ = (
         "_cluster_bits",
         "_cluster_mask",

@@ -12,15 +12,19 @@ through the metadata's calls alone. Invariants:
   queued for removal after all of it has changed.
 - An Allocation in flight is waited for first, without the lock: it would bring
   back what is being zeroed.
+- A raw data file always holds what the guest sees: there the bytes are zeroed,
+  and the entries stay. In another data file what no entry shows any more is
+  given back to the host, under an Allocation, so that no new data is hit.
 """
 
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import trio
 
 from qcowfs.driver.extent import Extent, ExtentKind
-from qcowfs.driver.layout.geometry import OFFSET_MASK, Geometry
+from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED, Geometry
 from qcowfs.driver.layout.mapping import (
     ALL_ALLOCATED,
     ALL_ZERO,
@@ -74,8 +78,8 @@ class Change(NamedTuple):
 class Zeroer:
     """Zeroes and discards ranges of the active disk of one image."""
 
-    __slots__ = ("_geometry", "_metadata", "_reader", "_requests", "_unit", "_view", "_writer",
-                 "backing")  # fmt: skip
+    __slots__ = ("_geometry", "_is_raw", "_metadata", "_reader", "_requests", "_unit", "_view",
+                 "_writer", "backing")  # fmt: skip
 
     def __init__(
         self, metadata: Metadata, reader: Reader, writer: Writer, backing: Node | None
@@ -88,6 +92,9 @@ class Zeroer:
         self._geometry = metadata.geometry
         self._unit = metadata.geometry.subcluster_size
         self.backing = backing
+        self._is_raw = (
+            metadata.geometry.data_file_raw and backing is None and not writer.is_encrypted
+        )
 
     async def write_zeroes(self, guest_offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros; with `unmap`, give its clusters back.
@@ -120,7 +127,10 @@ class Zeroer:
         await self._writer.prepare()
         await self._requests.enter_write()
         try:
-            await self._change(start, end, Policy(keep=False, hide=False))
+            if self._is_raw:
+                await self._punch([(start, end - start)])
+            else:
+                await self._change(start, end, Policy(keep=False, hide=False))
         finally:
             self._requests.leave_write()
 
@@ -135,6 +145,12 @@ class Zeroer:
 
     async def zero_entered(self, start: int, end: int, *, unmap: bool = True) -> None:
         """As `write_zeroes`, for a caller that has entered the gate or closed it."""
+        if self._is_raw:
+            storage = self._metadata.data_storage
+            end = min(end, storage.size())
+            if start < end and not (unmap and await storage.punch(start, end - start)):
+                await storage.write_zeroes(start, end - start)
+            return
         whole_start, whole_end = self._whole(start, end, self._unit)
         if whole_start >= whole_end:
             await self._write_bytes(start, end)
@@ -224,11 +240,28 @@ class Zeroer:
             if change is None:
                 return stop
             metadata.set_entries(piece, self._index(start), change.new)
-            for host_offset, dropped_length in change.dropped:
-                metadata.allocator.drop(host_offset, dropped_length, punch=True)
+            allocation = None
+            if self._geometry.has_data_file:
+                allocation = self._requests.register(first, first + length)
+            else:
+                for host_offset, dropped_length in change.dropped:
+                    metadata.allocator.drop(host_offset, dropped_length, punch=True)
+        if allocation is not None:
+            try:
+                await self._punch(change.dropped)
+            finally:
+                self._requests.finish(allocation)
         for part_start, part_end in change.rewritten:
             await self._write_bytes(part_start, min(part_end, self._view.virtual_size))
         return stop
+
+    async def _punch(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Give runs (host offset, length) of the data file back, where the host can."""
+        storage = self._metadata.data_storage
+        for host_offset, length in runs:
+            length = min(length, storage.size() - host_offset)
+            if length > 0 and not await storage.punch(host_offset, length):
+                return
 
     def _index(self, guest_offset: int) -> int:
         mask = self._metadata.tables.slice_entry_count - 1
@@ -325,11 +358,14 @@ class _ExtendedPlanner:
         policy = self._policy
         whole = count == geometry.subclusters_per_cluster
         covered = cluster_start < self._backing_size
+        # Host offset 0 is a place of its own in a data file only: COPIED tells.
+        place_mask = OFFSET_MASK | OFLAG_COPIED if geometry.has_data_file else OFFSET_MASK
+        has_place = bool(entry & place_mask) and not entry & OFLAG_COMPRESSED
         if entry & OFLAG_COMPRESSED and not whole:
             start = cluster_start + (first << geometry.subcluster_bits)
             self._rewritten.append((start, start + (count << geometry.subcluster_bits)))
             return entry, bitmap
-        if not entry & (OFFSET_MASK | OFLAG_COMPRESSED) and not (covered and policy.hide):
+        if not (has_place or entry & OFLAG_COMPRESSED) and not (covered and policy.hide):
             return entry, bitmap
         if entry & OFLAG_COMPRESSED:
             self._dropped.append(compressed_location(entry, geometry))
@@ -337,7 +373,7 @@ class _ExtendedPlanner:
         zero = zero_bits(first, count)
         bitmap = (bitmap | zero) & ~allocation_bits(first, count)
         if not bitmap & ALL_ALLOCATED and not policy.keep:
-            if entry & OFFSET_MASK:
+            if has_place:
                 self._dropped.append((entry & OFFSET_MASK, geometry.cluster_size))
             entry = 0
             if whole and not covered and not policy.hide:
