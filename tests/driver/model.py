@@ -40,7 +40,7 @@ SIZES = {
     4 * KIB: 1200 * KIB + 3 * SECTOR,
     16 * KIB: 2 * MIB + SECTOR,
     64 * KIB: 3 * MIB + 9 * SECTOR,
-    2 * MIB: 9 * MIB + SECTOR,
+    2 * MIB: 7 * MIB + SECTOR,
 }
 SNAPSHOT_LIMITS = {512: 12, 2 * MIB: 3}
 CACHE_SIZES = (64 * KIB, 256 * KIB, MIB, 32 * MIB)

@@ -150,10 +150,13 @@ async def test_snapshots(tmp_path: Path, shape: int) -> None:
     await random_steps(node, model, seed=2, count=40)
     assert await read_all(await node.open_snapshot(snapshot)) == before
     assert await read_all(node) == model
-    await node.flush()
+    await node.aclose()
     path = tmp_path / "image.qcow2"
     path.write_bytes(storage.content)
     assert_encrypted(path, cipher, model)
+    node = await open_memory(bytes(storage.content))
+    storage = node.metadata.storage
+    assert isinstance(storage, MemoryFile)
     await node.apply_snapshot(b"one")
     assert await read_all(node) == before
     await node.aclose()
@@ -284,7 +287,6 @@ def test_secrets_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """A layer's own passphrase comes before the default, however the path is written."""
     monkeypatch.chdir(tmp_path)
     secrets = Secrets(b"all", {"base.qcow2": b"base"})
-    assert secrets.of(tmp_path / "x" / ".." / "base.qcow2") == b"all"
     (tmp_path / "x").mkdir()
     assert secrets.of(tmp_path / "x" / ".." / "base.qcow2") == b"base"
     assert secrets.of("top.qcow2") == b"all"

@@ -231,6 +231,30 @@ async def test_a_commit_writes_in_order() -> None:
     await node.aclose()
 
 
+async def test_a_commit_that_failed_half_way() -> None:
+    """Once an L1 entry may be in the file, entries of its table follow their data and a sync."""
+    crash = CrashFile(empty_image(8 << 20))
+    file = FaultyFile(crash)
+    node = await open_file(file)
+    await node.write_from(0, b"x" * 4096)
+    file.fail("write", 2, errno.EIO, written=8)
+    with pytest.raises(OSError, match="rror"):
+        await node.flush()
+    assert struct.unpack_from(">Q", crash.content, 48)[0] == 4096
+    start = crash.position
+    await node.write_from(4096, b"y" * 4096)
+    await node.flush()
+    steps = [(step.kind, step.host_offset) for step in crash.log[start:]]
+    assert steps == [
+        ("pwrite", 12288),
+        ("sync", 0),
+        ("pwrite", 4096),
+        ("pwrite", 48),
+        ("sync", 0),
+    ]
+    await node.aclose()
+
+
 async def test_neighbours_become_one_run() -> None:
     """A long write and writes that follow each other lie side by side in the file."""
     node = await open_file(MemoryFile(empty_image(8 << 20)))
