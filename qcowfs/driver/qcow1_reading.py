@@ -177,6 +177,13 @@ class Qcow1Reader:
 
     async def read_into(self, guest_offset: int, buffer: memoryview) -> None:
         """Fill `buffer`. Raises CorruptImage, OSError."""
+        self._tables.reader_count += 1
+        try:
+            await self._read_into(guest_offset, buffer)
+        finally:
+            self._tables.reader_count -= 1
+
+    async def _read_into(self, guest_offset: int, buffer: memoryview) -> None:
         compressed: list[tuple[Extent, memoryview]] = []
         for extent in await self.extents(guest_offset, len(buffer)):
             start = extent.guest_offset - guest_offset

@@ -13,7 +13,8 @@ Invariants:
   L1 entries and changed L2 entries, and syncs again.
 - An L2 table that is new is linked in the L1 table in memory only, until then.
 - The host clusters of discarded entries are punched out once their removal is
-  durable.
+  durable and, in an encrypted image, once nobody reads: whoever looked one up
+  before would decipher the zeros of the hole to noise.
 """
 
 import logging
@@ -24,7 +25,7 @@ from dataclasses import replace
 import trio
 
 from qcowfs.driver.layout.mapping import load_words, store_words
-from qcowfs.driver.layout.qcow1 import Qcow1Header, l2_table_offset
+from qcowfs.driver.layout.qcow1 import CRYPT_NONE, Qcow1Header, l2_table_offset
 from qcowfs.driver.pages import DirtyRange, Page, PageCache
 from qcowfs.driver.storage import Buffer, Storage
 
@@ -50,12 +51,13 @@ class Qcow1Tables:
     """Tables in memory; every method without `async` is atomic.
 
     `l1` holds the offsets of L2 tables as read, unchecked; `end` is where the
-    next cluster is taken.
+    next cluster is taken. `reader_count` is how many reads are waiting for
+    bytes whose place they have looked up.
     """
 
     __slots__ = ("_create_lock", "_freed", "_l1_dirty", "_storage", "cluster_bits",
                  "cluster_size", "coverage_bits", "end", "header", "index_mask", "l1",
-                 "pages")  # fmt: skip
+                 "pages", "reader_count")  # fmt: skip
 
     def __init__(
         self, storage: Storage, header: Qcow1Header, l1: "array[int]", cache_size: int
@@ -64,6 +66,7 @@ class Qcow1Tables:
         self._create_lock = trio.Lock()
         self._l1_dirty: set[int] = set()
         self._freed: list[tuple[int, int]] = []
+        self.reader_count = 0
         self.header = header
         self.l1 = l1
         self.pages = PageCache(
@@ -210,6 +213,9 @@ class Qcow1Tables:
             await self._storage.pwrite((data,), host_offset)
 
     async def _give_room_back(self, freed: Sequence[tuple[int, int]]) -> None:
+        if self.reader_count and self.header.crypt_method != CRYPT_NONE:
+            self._freed[:0] = freed
+            return
         try:
             for host_offset, length in freed:
                 if not await self._storage.punch(host_offset, length):

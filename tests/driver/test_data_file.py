@@ -3,6 +3,7 @@
 import os
 import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from qcowfs.driver.node import Node
 from qcowfs.driver.opening import open_image
-from qcowfs.driver.qcow2.image import Qcow2Node
+from qcowfs.driver.qcow2.image import Qcow2Node, open_qcow2
+from qcowfs.driver.storage import Buffer
 from qcowfs.errors import BadRequest, CorruptImage, ImageBusy, NotFound, UnsupportedFeature
 from tests.driver.test_encryption import random_steps, read_all
+from tests.fakes import MemoryFile
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -271,4 +274,47 @@ async def test_without_a_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     other.mkdir()
     monkeypatch.chdir(other)
     node: Node = await open_image(image)
+    await node.aclose()
+
+
+class LoggedFile(MemoryFile):
+    """A MemoryFile that writes down its writes and syncs in a list that others share."""
+
+    def __init__(self, name: str, log: list[str], content: bytes = b"") -> None:
+        super().__init__(content, name=name)
+        self._log = log
+
+    def try_pwrite(self, buffers: Sequence[Buffer], host_offset: int) -> bool:
+        """As MemoryFile, and noted."""
+        self._log.append(f"write {self.name}")
+        return super().try_pwrite(buffers, host_offset)
+
+    async def sync(self) -> None:
+        """As MemoryFile, and noted."""
+        self._log.append(f"sync {self.name}")
+        await super().sync()
+
+
+async def test_data_is_durable_before_what_points_to_it(tmp_path: Path) -> None:
+    """A commit syncs the data file, then the image, and only then writes L2 entries."""
+    image = make_image(tmp_path, size=MIB)
+    log: list[str] = []
+    data = LoggedFile("data", log, bytes(MIB))
+    node = await open_qcow2(
+        LoggedFile("image", log, image.read_bytes()),
+        path="image.qcow2",
+        read_only=False,
+        backing=None,
+        data_storage=data,
+    )
+    await node.write_from(5 * 64 * KIB, b"x" * 512)
+    await node.flush()
+    log.clear()
+    await node.write_from(6 * 64 * KIB, b"y" * 512)
+    await node.flush()
+    assert log == ["write data", "sync data", "sync image", "write image", "sync image"]
+    log.clear()
+    await node.write_from(6 * 64 * KIB, b"z" * 512)
+    await node.flush()
+    assert log == ["write data", "sync data", "sync image"]
     await node.aclose()

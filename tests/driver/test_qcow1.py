@@ -7,11 +7,12 @@ import struct
 import subprocess
 import tempfile
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from qcowfs.driver.extent import ExtentKind
 from qcowfs.driver.node import Node
@@ -277,6 +278,34 @@ async def test_a_discarded_cluster_gives_its_room_back_once_that_is_durable() ->
     assert file.calls["punch"] == 1
     assert await contract.whole(node) == b"d" * 4096 + bytes(8192) + b"d" * (65536 - 12288)
     await node.aclose()
+
+
+async def test_an_encrypted_cluster_is_not_punched_under_its_reader() -> None:
+    """Who looked a cluster up before it was discarded reads what it was, or zeros, never noise."""
+
+    class SlowFile(MemoryFile):
+        async def pread_into(self, buffers: Sequence[memoryview], host_offset: int) -> None:
+            if slow:
+                reading.set()
+                await going_on.wait()
+            await super().pread_into(buffers, host_offset)
+
+    reading, going_on, slow = trio.Event(), trio.Event(), False
+    file = SlowFile(empty_image(65536, encrypted=True))
+    node = await open_file(file)
+    await node.write_from(0, b"e" * 65536)
+    await node.flush()
+    file.miss_rate, slow = 1.0, True
+    buffer = bytearray(65536)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.read_into, 0, memoryview(buffer))
+        await reading.wait()
+        await node.discard(0, 65536)
+        await node.flush()
+        going_on.set()
+    assert buffer == b"e" * 65536
+    await node.aclose()
+    assert not any(file.content[8192:])
 
 
 async def test_a_backing_file_that_is_not_open_is_not_revealed_later() -> None:

@@ -7,14 +7,15 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import trio
 
 from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED, Geometry
 from qcowfs.driver.layout.mapping import OFLAG_COMPRESSED, compressed_clusters, store_words
-from qcowfs.driver.qcow2 import copied, references
+from qcowfs.driver.qcow2 import copied, guard, references
 from qcowfs.driver.qcow2.copied import clear_copied_flags, recompute_copied_flags
-from qcowfs.driver.qcow2.guard import L2_TABLE
+from qcowfs.driver.qcow2.guard import L2_TABLE, ProtectedMap
 from qcowfs.driver.qcow2.l1 import L1View
 from qcowfs.driver.qcow2.metadata import Metadata
 from qcowfs.driver.qcow2.references import lower_all, lower_raised, raise_all
@@ -37,6 +38,7 @@ KINDS = {
     "refcounts-8": ("cluster_size=4k,refcount_bits=8", False),
     "refcounts-64": ("cluster_size=4k,refcount_bits=64", False),
     "small": ("cluster_size=512", False),
+    "small-refcounts-8": ("cluster_size=512,refcount_bits=8", False),
     "extended": ("cluster_size=16k,extended_l2=on", False),
     "compressed": ("cluster_size=4k", True),
     "compressed-extended": ("cluster_size=16k,extended_l2=on", True),
@@ -52,6 +54,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return name != "runs"
 
     monkeypatch.setattr(references, "is_scattered", is_scattered)
+    monkeypatch.setattr(references, "_BATCH_RUNS", 3)
     monkeypatch.setattr(copied, "is_scattered", is_scattered)
     if name == "small-batches":
         monkeypatch.setattr(references, "_BATCH_COUNT", 3)
@@ -115,17 +118,17 @@ async def test_every_reference_is_counted_once_more(kind: str, way: str) -> None
     assert await all_counts(metadata) == before
 
 
-async def test_a_full_count_changes_none(way: str) -> None:
-    """Where the last of many counts cannot rise, none has risen."""
-    image = image_of("refcounts-8")
-    metadata = await open_metadata(MemoryFile(image))
-    last = (await references_of(metadata, metadata.active)).keys() - {0}
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_full_count_changes_none(way: str, seed: int) -> None:
+    """Where one of many counts cannot rise, none has risen."""
+    metadata = await open_metadata(MemoryFile(image_of("small-refcounts-8")))
+    held = await references_of(metadata, metadata.active)
     async with metadata.lock:
-        full = max(last)
-        await metadata.allocator.raise_refcount(full << 12, 254)
+        full = sorted(held)[-1 - 100 * seed]
+        await metadata.allocator.raise_refcount(full << 9, 254)
         before = await all_counts(metadata)
         assert before[full] == 255
-        with pytest.raises(ImageFull, match="255"):
+        with pytest.raises(ImageFull, match="is 255, 8 bits"):
             await raise_all(metadata, metadata.active)
     assert await all_counts(metadata) == before
 
@@ -215,10 +218,13 @@ async def test_little_memory_is_enough(way: str) -> None:
 async def test_what_nobody_holds_is_free(kind: str, way: str) -> None:
     """Given up by its only holder, a cluster is counted 0 and handed out again."""
     metadata = await open_metadata(MemoryFile(image_of(kind)))
-    before = Counter(await all_counts(metadata))
     held = await references_of(metadata, metadata.active)
     geometry = metadata.geometry
     async with metadata.lock:
+        # All blocks are known to be full then.
+        for _ in range(20):
+            await metadata.allocator.allocate(1)
+        before = Counter(await all_counts(metadata))
         await lower_all(metadata, metadata.active, "the disk")
         assert await all_counts(metadata) == before - held
         taken = set()
@@ -308,13 +314,35 @@ async def test_a_count_never_falls_below_0(way: str) -> None:
 
 
 async def test_freed_tables_are_forgotten(way: str) -> None:
-    """A cached slice of a table that became free does not outlive it."""
+    """A cached slice of a cluster that became free does not outlive it, whatever it was."""
     metadata = await open_metadata(MemoryFile(image_of("plain")))
-    await metadata.load(metadata.active, 0)
-    assert metadata.tables.slices
+    held = await references_of(metadata, metadata.active)
+    for cluster in held:
+        await metadata.tables.load(cluster << 12)
+    assert len(metadata.tables.slices) == len(held)
     async with metadata.lock:
         await lower_all(metadata, metadata.active, "the disk")
     assert not metadata.tables.slices
+
+
+@pytest.mark.parametrize("bulk_limit", [2, 100])
+def test_a_long_run_that_holds_metadata(
+    bulk_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first protected cluster is found in runs of any length, and in arrays."""
+    monkeypatch.setattr(guard, "BULK_LIMIT", bulk_limit)
+    protected = ProtectedMap(12)
+    protected.claim(guard.HEADER, 0, 1)
+    protected.claim_l2_tables([40 << 12, 20 << 12, 30 << 12])
+    assert protected.release(L2_TABLE, 20)
+    for first, count, found in (
+        (1, 29, None), (1, 30, 30), (1, 100, 30), (31, 9, None), (31, 100, 40), (0, 100, 0),
+        (40, 1, 40), (41, 1 << 20, None),
+    ):  # fmt: skip
+        assert protected.first_owned(first, count) == found
+        array_of = np.arange(first, first + count, dtype=np.uint64)
+        assert protected.first_owned_among(array_of) == found
+    assert protected.first_owned_among(np.array([], dtype=np.uint64)) is None
 
 
 # COPIED flags

@@ -14,7 +14,7 @@ of the whole begins and ends. Invariants:
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -259,9 +259,10 @@ class Qcow2Node:
             await resize.map_data_file(self.metadata, old_size, self.virtual_size)
 
     async def _hide(self, old_size: int, new_size: int) -> None:
-        """Zero what a growing disk would show: its last cluster's rest, a longer backing file."""
-        round_up = self.metadata.geometry.round_up
-        end = round_up(min(new_size, max(self.reader.backing_size, round_up(old_size))))
+        """Zero what a growing disk would show: its last table's rest, a longer backing file."""
+        geometry = self.metadata.geometry
+        table_end = geometry.vm_state_offset(old_size)
+        end = geometry.round_up(min(new_size, max(self.reader.backing_size, table_end)))
         if end > old_size:
             await self._zeroer.zero_entered(old_size, end)
 
@@ -307,18 +308,13 @@ class Qcow2Node:
             return
         self._closed = True
         with trio.CancelScope(shield=True):
-            try:
+            async with AsyncExitStack() as closing:
+                if self.backing is not None:
+                    closing.push_async_callback(self.backing.aclose)
+                for file in self.metadata.files:
+                    closing.push_async_callback(file.aclose)
                 await self._snapshots.finish()
                 await self.metadata.finish()
-            finally:
-                try:
-                    try:
-                        await self.metadata.data_storage.aclose()
-                    finally:
-                        await self.metadata.storage.aclose()
-                finally:
-                    if self.backing is not None:
-                        await self.backing.aclose()
 
     # Snapshots
 
@@ -401,7 +397,7 @@ class Qcow2Node:
             metadata.geometry,
             self._snapshots.entries,
             filename=self.name,
-            actual_size=metadata.storage.allocated_bytes(),
+            actual_size=sum(file.allocated_bytes() for file in metadata.files),
             luks=self.luks,
         )
 

@@ -111,6 +111,13 @@ class Parts(Lookup):
         return self.switch.header
 
     @property
+    def files(self) -> tuple[Storage, ...]:
+        """The image file, and the external data file if there is one."""
+        if self.data_storage is self.storage:
+            return (self.storage,)
+        return self.storage, self.data_storage
+
+    @property
     def dirty(self) -> bool:
         """Whether a commit has something to write."""
         return bool(

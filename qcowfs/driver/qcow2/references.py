@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# References of scattered tables that are counted together: 8 MiB.
+# References of scattered tables that are counted together: 8 MiB; and runs.
 _BATCH_COUNT = 1 << 20
+_BATCH_RUNS = 1 << 16
 # How long to wait between looks at requests that began before references went.
 _SETTLE_INTERVAL = 0.0005
 
@@ -102,9 +103,10 @@ class _Gatherer:
         if self.done == len(self._tables):
             return None
         batch = _Batch()
-        # Runs, too, are of bounded number: about half a table's for each.
-        while self.done < len(self._tables) and not (
-            batch.array_count >= _BATCH_COUNT or len(batch.runs) >= _BATCH_COUNT >> 4
+        while (
+            self.done < len(self._tables)
+            and batch.array_count < _BATCH_COUNT
+            and len(batch.runs) < _BATCH_RUNS
         ):
             l1_index, table_offset = self._tables[self.done]
             try:

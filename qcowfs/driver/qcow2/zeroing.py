@@ -252,7 +252,8 @@ class Zeroer:
             finally:
                 self._requests.finish(allocation)
         for part_start, part_end in change.rewritten:
-            await self._write_bytes(part_start, min(part_end, self._view.virtual_size))
+            # To the cluster's end even behind the disk's, which a growing disk will show.
+            await self._write_bytes(part_start, part_end)
         return stop
 
     async def _punch(self, runs: Sequence[tuple[int, int]]) -> None:
