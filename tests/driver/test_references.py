@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import trio
 
-from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED, Geometry
+from qcowfs.driver.layout.geometry import OFFSET_MASK, OFLAG_COPIED
 from qcowfs.driver.layout.mapping import OFLAG_COMPRESSED, compressed_clusters, store_words
 from qcowfs.driver.qcow2 import copied, guard, references
 from qcowfs.driver.qcow2.copied import clear_copied_flags, recompute_copied_flags
@@ -24,7 +24,6 @@ from tests.driver.engine import open_metadata
 from tests.driver.qcow2_images import KIB, MIB, entry_place, make_image, with_entry
 from tests.fakes import FaultyFile, MemoryFile
 
-Words = "array[int]"
 CONTENT = random.Random(7).randbytes(512) * (MIB // 512)
 # Writes in an order that makes runs of one cluster and of many.
 WRITES = tuple(
@@ -50,7 +49,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How references are counted: run by run, as arrays, as many small arrays."""
     name: str = request.param
 
-    def is_scattered(words: Words, geometry: Geometry, runs_left: int) -> bool:
+    def is_scattered(cost: int, cost_left: int) -> bool:
         return name != "runs"
 
     monkeypatch.setattr(references, "is_scattered", is_scattered)

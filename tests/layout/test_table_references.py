@@ -20,6 +20,7 @@ from qcowfs.driver.layout.table_references import (
     estimated_run_count,
     is_scattered,
     placed_runs,
+    run_cost,
     table_clusters,
     table_runs,
 )
@@ -174,17 +175,28 @@ def test_nothing_is_an_array_with_a_data_file() -> None:
 
 
 def test_a_table_in_order_is_not_scattered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run is one run, with numpy in memory or not; a shuffled table is as many as entries."""
+    """One run is one run, with numpy in memory or not; a shuffled table costs its entries."""
     geometry = GEOMETRIES["large"]
     words = array("Q", range(1 << 30, (1 << 30) + (8192 << 16), 1 << 16))
-    assert estimated_run_count(words, geometry) == 1
-    assert not is_scattered(words, geometry, 0x10000)
+    assert run_cost(words, geometry) == 1
+    assert not is_scattered(run_cost(words, geometry), 0x10000)
     mixed = list(words)
     random.Random(1).shuffle(mixed)
-    assert is_scattered(array("Q", mixed), geometry, 100)
+    cost = run_cost(array("Q", mixed), geometry)
+    assert 8000 < cost <= 8192
+    assert is_scattered(cost, 1 << 20)
     monkeypatch.setattr(table_references, "sys", replace_modules())
-    assert not is_scattered(array("Q", mixed), geometry, 1 << 20)
-    assert is_scattered(array("Q", mixed), geometry, 4096)
+    assert not is_scattered(cost, 1 << 20)
+    assert is_scattered(cost, 4096)
+
+
+def test_what_is_gone_through_entry_by_entry_costs_more() -> None:
+    """Extended tables, and counts that share a byte, are not cheap in one run either."""
+    words = array("Q", range(1 << 30, (1 << 30) + (8192 << 16), 1 << 16))
+    narrow = replace(GEOMETRIES["large"], refcount_order=2)
+    assert run_cost(words, narrow) > 1000
+    extended = replace(GEOMETRIES["large"], extended_l2=True)
+    assert run_cost(array("Q", bytes(65536)), extended) > 500
 
 
 def replace_modules() -> object:

@@ -5,8 +5,8 @@ one reference to its host cluster, a compressed one to every cluster that its
 sectors touch. Pure: words in, cluster indexes out.
 
 A table of few runs is cheapest as runs, without numpy; one that is scattered or
-compressed as an array. `is_scattered` tells them apart by a look at some
-entries. Invariant: both say the same of a table that breaks no rule, and only
+compressed as an array. `run_cost` tells by a look at some entries, and
+`is_scattered` decides. Invariant: both say the same of a table that breaks no rule, and only
 `table_runs` says which rule another one breaks.
 """
 
@@ -43,17 +43,25 @@ _SAMPLE_COUNT = 64
 _SECTOR_MASK = 511
 
 
-def is_scattered(words: "array[int]", geometry: Geometry, runs_left: int) -> bool:
-    """Whether a table is cheaper as an array, the import of numpy included.
-
-    `runs_left` is what is left of `RUNS_BEFORE_NUMPY` for the operation.
-    """
+def run_cost(words: "array[int]", geometry: Geometry) -> int:
+    """About what it costs to go through a table by runs, in runs."""
+    entry_count = len(words) // geometry.words_per_entry
+    cost = estimated_run_count(words, geometry)
+    if geometry.extended_l2:
+        # Gone through entry by entry, whatever the runs are.
+        cost += entry_count // 8
     if geometry.refcount_bits < 8:
-        # Counts that share bytes are changed one by one, unless by numpy.
-        run_count = len(words) // geometry.words_per_entry
-    else:
-        run_count = estimated_run_count(words, geometry)
-    return run_count > (_RUNS_BESIDE_NUMPY if "numpy" in sys.modules else runs_left)
+        # Counts that share bytes are changed one by one.
+        cost += entry_count // 4
+    return cost
+
+
+def is_scattered(cost: int, cost_left: int) -> bool:
+    """Whether a table of that cost is cheaper as an array, the import of numpy included.
+
+    `cost_left` is what is left of `RUNS_BEFORE_NUMPY` for the operation.
+    """
+    return cost > (_RUNS_BESIDE_NUMPY if "numpy" in sys.modules else cost_left)
 
 
 def estimated_run_count(words: "array[int]", geometry: Geometry) -> int:
@@ -67,9 +75,7 @@ def estimated_run_count(words: "array[int]", geometry: Geometry) -> int:
         entry = words[index * step]
         following = words[(index + 1) * step]
         looked += 1
-        if following not in (entry, entry + geometry.cluster_size) or (
-            entry & OFLAG_COMPRESSED or (step == 2 and entry)
-        ):
+        if following not in (entry, entry + geometry.cluster_size) or entry & OFLAG_COMPRESSED:
             breaks += 1
     return 1 + (breaks * pair_count // looked if looked else 0)
 

@@ -23,7 +23,12 @@ from qcowfs.driver.layout.mapping import (
     OFLAG_COMPRESSED,
     OFLAG_ZERO,
 )
-from qcowfs.driver.layout.table_references import RUNS_BEFORE_NUMPY, is_scattered, placed_runs
+from qcowfs.driver.layout.table_references import (
+    RUNS_BEFORE_NUMPY,
+    is_scattered,
+    placed_runs,
+    run_cost,
+)
 from qcowfs.driver.qcow2.metadata import Metadata
 from qcowfs.errors import CorruptImage
 
@@ -73,7 +78,7 @@ class _Flags:
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
         self._file_size = metadata.storage.size()
-        self._runs_left = RUNS_BEFORE_NUMPY
+        self._cost_left = RUNS_BEFORE_NUMPY
         self._map: NDArray[np.uint8] | None = None
 
     async def recompute(self) -> None:
@@ -101,14 +106,15 @@ class _Flags:
     async def _of_table(self, words: "array[int]", guest_offset: int) -> "array[int] | None":
         """The table with the right flags, None when it has them."""
         geometry = self._metadata.geometry
-        if not is_scattered(words, geometry, self._runs_left):
+        cost = run_cost(words, geometry)
+        if not is_scattered(cost, self._cost_left):
             try:
                 runs = list(placed_runs(words, guest_offset, geometry))
             except CorruptImage:
                 runs = None
             end = geometry.cluster_count(self._file_size)
             if runs is not None and all(first + count <= end for _, first, count in runs):
-                self._runs_left -= len(runs)
+                self._cost_left -= cost
                 ones = await self._ones_by_runs(runs)
                 return _with_flags(words, geometry.l2_entry_length, ones)
         return await self._by_array(words)

@@ -31,6 +31,7 @@ from qcowfs.driver.layout.table_references import (
     RUNS_BEFORE_NUMPY,
     Run,
     is_scattered,
+    run_cost,
     table_clusters,
     table_runs,
 )
@@ -90,7 +91,7 @@ class _Gatherer:
         self._metadata = metadata
         self._tables = tables
         self._skip = skip
-        self._runs_left = RUNS_BEFORE_NUMPY
+        self._cost_left = RUNS_BEFORE_NUMPY
         self.done = 0
         self.skipped: Exception | None = None
 
@@ -132,7 +133,8 @@ class _Gatherer:
                 host_offset=table_offset,
             )
         words = await metadata.tables.read_table(table_offset)
-        if is_scattered(words, geometry, self._runs_left):
+        cost = run_cost(words, geometry)
+        if is_scattered(cost, self._cost_left):
             clusters = table_clusters(words, geometry)
             if clusters is not None:
                 if len(clusters):
@@ -147,7 +149,7 @@ class _Gatherer:
             runs = []
         for first, count in runs:
             _refuse_owned(metadata, metadata.protected.first_owned(first, count))
-        self._runs_left -= len(runs)
+        self._cost_left -= cost
         batch.runs += runs
         batch.tables.append(table_index)
 
